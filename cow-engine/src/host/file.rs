@@ -1,0 +1,317 @@
+//! Files and directories of a host, and what was asked of the kernel about them once.
+//!
+//! Invariant: alignment, engine and size are read when a file is opened; nothing asks again.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::memory::Segment;
+
+/// How transfers of a file are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Engine {
+    /// Through the ring: the device works while the thread goes on.
+    Uring,
+    /// By a plain system call on the spot. For memory-backed and page-cached files, which io_uring
+    /// would hand to worker threads (tmpfs writes, buffered ext4 writes): the copy is cheaper than
+    /// the hand-over.
+    Inline,
+}
+
+/// What direct I/O asks of a transfer, in bytes (`statx` DIOALIGN); 1 where nothing is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alignment {
+    pub(super) memory: usize,
+    pub(super) offset: u64,
+}
+
+/// What kind of thing an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// A regular file.
+    File,
+    /// A block device.
+    BlockDevice,
+}
+
+/// An open file or block device of the host.
+#[derive(Debug)]
+pub struct HostFile {
+    pub(super) file: File,
+    pub(super) engine: Engine,
+    pub(super) alignment: Alignment,
+    path: PathBuf,
+    backing: Backing,
+    len: u64,
+    direct: bool,
+}
+
+/// How to open a disk's image.
+#[derive(Clone, Copy, Debug)]
+pub struct ImageOptions {
+    /// Open for reading only.
+    pub read_only: bool,
+    /// Bypass the page cache where the kernel and the file system can.
+    pub direct: bool,
+    /// Smallest unit of the guest's transfers in bytes: 512 or 4096.
+    pub logical_block_bytes: u32,
+}
+
+/// Why an image cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenImageError {
+    /// The image is not there.
+    #[error("there is no image at '{}': create it first, for example with 'truncate -s 10G FILE'", path.display())]
+    Missing {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// It is something that cannot be a disk.
+    #[error("'{}' is neither a regular file nor a block device", path.display())]
+    NotAnImage {
+        /// What was opened.
+        path: PathBuf,
+    },
+    /// Its size does not make whole blocks.
+    #[error("'{}' is {len} bytes long, which is no multiple of the block size {block}: extend it, for example with 'truncate -s %{block} FILE'", path.display())]
+    OddSize {
+        /// The image.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// Logical block size in bytes.
+        block: u32,
+    },
+    /// It has no bytes at all.
+    #[error("'{}' is empty: give it a size, for example with 'truncate -s 10G FILE'", path.display())]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("cannot open the image '{}'", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl HostFile {
+    /// Opens a disk's image and learns how to transfer to it.
+    pub fn open_image(path: &Path, options: ImageOptions) -> Result<Self, OpenImageError> {
+        let fail = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => OpenImageError::Missing { path: path.into() },
+            _ => OpenImageError::Io { path: path.into(), source },
+        };
+        let metadata = std::fs::metadata(path).map_err(fail)?;
+        let backing = if metadata.file_type().is_block_device() {
+            Backing::BlockDevice
+        } else if metadata.is_file() {
+            Backing::File
+        } else {
+            return Err(OpenImageError::NotAnImage { path: path.into() });
+        };
+        let open = |flags: i32| {
+            OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path)
+        };
+        let mut file = open(0).map_err(fail)?;
+        let mut alignment = Alignment { memory: 1, offset: 1 };
+        let mut engine = Engine::Inline;
+        let mut direct = false;
+        if !is_in_memory(&file).map_err(fail)? {
+            engine = Engine::Uring;
+            if options.direct {
+                match direct_alignment(&file).map_err(fail)? {
+                    Some(asked) if asked.offset <= u64::from(options.logical_block_bytes) => {
+                        match open(libc::O_DIRECT) {
+                            Ok(opened) => (file, alignment, direct) = (opened, asked, true),
+                            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => log::warn!(
+                                "{}: no direct I/O on this file system; using the page cache",
+                                path.display()
+                            ),
+                            Err(error) => return Err(fail(error)),
+                        }
+                    }
+                    Some(asked) => log::warn!(
+                        "{}: direct I/O needs blocks of {} bytes; using the page cache, or serve the disk with logical-block-size={}",
+                        path.display(),
+                        asked.offset,
+                        asked.offset
+                    ),
+                    None => log::warn!("{}: no direct I/O here; using the page cache", path.display()),
+                }
+            }
+        }
+        let len = length_of(&file, backing).map_err(fail)?;
+        if len == 0 {
+            return Err(OpenImageError::Empty { path: path.into() });
+        }
+        if len % u64::from(options.logical_block_bytes) != 0 {
+            return Err(OpenImageError::OddSize {
+                path: path.into(),
+                len,
+                block: options.logical_block_bytes,
+            });
+        }
+        Ok(Self { file, engine, alignment, path: path.into(), backing, len, direct })
+    }
+
+    /// A file of a state directory: through the page cache, so that what was written outlives the
+    /// process without waiting for a device.
+    fn state(file: File, path: PathBuf) -> Self {
+        Self {
+            file,
+            engine: Engine::Inline,
+            alignment: Alignment { memory: 1, offset: 1 },
+            path,
+            backing: Backing::File,
+            len: 0,
+            direct: false,
+        }
+    }
+
+    /// Length in bytes when it was opened.
+    pub fn len_at_open(&self) -> u64 {
+        self.len
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What kind of thing it is.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// Whether transfers bypass the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// What tells this file from others and whether it changed: see [`Identity`].
+    pub fn identity(&self) -> io::Result<crate::tracker::Identity> {
+        let metadata = self.file.metadata()?;
+        let mtime = metadata.mtime().wrapping_mul(1_000_000_000).wrapping_add(metadata.mtime_nsec());
+        Ok(crate::tracker::Identity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            len: length_of(&self.file, self.backing)?,
+            mtime_ns: mtime,
+        })
+    }
+
+    /// Whether direct I/O takes this transfer as it is.
+    pub(super) fn takes(&self, at: u64, segments: &[Segment]) -> bool {
+        let Alignment { memory, offset } = self.alignment;
+        if memory <= 1 && offset <= 1 {
+            return true;
+        }
+        at.is_multiple_of(offset)
+            && segments.iter().all(|segment| {
+                (segment.base() as usize).is_multiple_of(memory)
+                    && (segment.len() as u64).is_multiple_of(offset.max(1))
+            })
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// A directory of the host.
+#[derive(Debug)]
+pub struct HostDir {
+    path: PathBuf,
+}
+
+impl HostDir {
+    /// The directory at `path`, which exists.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn create(&self, name: &str) -> io::Result<HostFile> {
+        let path = self.path.join(name);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+        Ok(HostFile::state(file, path))
+    }
+
+    pub(super) fn open(&self, name: &str) -> io::Result<HostFile> {
+        let path = self.path.join(name);
+        let file = OpenOptions::new().read(true).write(true).open(&path)?;
+        Ok(HostFile::state(file, path))
+    }
+
+    pub(super) fn list(&self) -> io::Result<Vec<String>> {
+        // Names that are no UTF-8 are not ours.
+        let names = std::fs::read_dir(&self.path)?.map(|entry| entry.map(|e| e.file_name().into_string()));
+        names.filter_map(|name| name.map(Result::ok).transpose()).collect()
+    }
+}
+
+/// Length in bytes of a file or block device.
+pub(super) fn length_of(file: &File, backing: Backing) -> io::Result<u64> {
+    match backing {
+        Backing::File => Ok(file.metadata()?.len()),
+        Backing::BlockDevice => {
+            let mut bytes = 0u64;
+            // SAFETY: BLKGETSIZE64 stores one u64 at the address given, which is `bytes`.
+            // JUSTIFICATION: there is no other way to ask a device's size.
+            let answer = unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) };
+            if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
+        }
+    }
+}
+
+/// `_IOR(0x12, 114, size_t)` of linux/fs.h.
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+
+/// Whether the file lives in memory (tmpfs, ramfs), where direct I/O only costs.
+fn is_in_memory(file: &File) -> io::Result<bool> {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    let kind = rustix::fs::fstatfs(file)?.f_type;
+    #[allow(clippy::unnecessary_cast, reason = "the type differs between architectures")]
+    let kind = kind as i64;
+    Ok(!file.metadata()?.file_type().is_block_device() && (kind == TMPFS || kind == RAMFS))
+}
+
+/// What direct I/O asks of this file, or `None` if it has none.
+fn direct_alignment(file: &File) -> io::Result<Option<Alignment>> {
+    // SAFETY: all-zero bytes are a valid `statx`.
+    // JUSTIFICATION: rustix does not carry the DIOALIGN fields.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    let mask = libc::STATX_DIOALIGN;
+    // SAFETY: the path is a C string, the flag makes the call act on the descriptor itself, and the
+    // kernel writes one `statx` at the address given.
+    // JUSTIFICATION: as above.
+    let answer =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &raw mut stat) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if stat.stx_mask & mask == 0 {
+        // The file system does not say: what every device takes.
+        return Ok(Some(Alignment { memory: 4096, offset: 4096 }));
+    }
+    if stat.stx_dio_offset_align == 0 {
+        return Ok(None);
+    }
+    let memory = usize::try_from(stat.stx_dio_mem_align).map_err(io::Error::other)?;
+    Ok(Some(Alignment { memory: memory.max(1), offset: stat.stx_dio_offset_align.into() }))
+}

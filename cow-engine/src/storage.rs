@@ -1,0 +1,114 @@
+//! The seam under the engine: files, transfers and time, on a host or simulated.
+//!
+//! The engine's verbs are written once over this trait. [`crate::host`] drives them on io_uring;
+//! the simulator drives the same code on a medium that loses, tears and reorders what was not
+//! synced, fails any operation and stops at any step.
+//!
+//! What an implementation promises:
+//! - A transfer is whole or an error: short reads and writes are resumed below this seam.
+//! - When [`Storage::write`] has answered, every later read of the file sees it, and it survives the
+//!   end of this process. It survives the end of the host only after [`Storage::sync`], or if it
+//!   was durable.
+//! - Futures are dropped only when their operation has ended: memory they borrow is not touched
+//!   afterwards. They must not be leaked (`mem::forget`) while pending.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use cbt::{ByteRange, Cells};
+
+use crate::memory::{Source, Target};
+
+/// Whether a write is on the medium, or only in its cache, when it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// In the cache: a later [`Storage::sync`] makes it durable.
+    Cached,
+    /// On the medium (`RWF_DSYNC`; what FUA means).
+    Durable,
+}
+
+/// What becomes of the space of a range that shall read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// Give the space back.
+    Unmap,
+    /// Keep the space allocated, so that a later write cannot run out of it.
+    Keep,
+}
+
+/// Whether a range of a file holds data, as far as the file system tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where, in bytes.
+    pub range: ByteRange,
+    /// Whether it is a hole, which reads as zeros.
+    pub hole: bool,
+}
+
+/// Files, transfers and time. One value per thread; files are shared between threads.
+pub trait Storage: Clone + 'static {
+    /// An open file or device.
+    type File: Send + Sync + 'static;
+    /// A directory that holds a disk's state.
+    type Dir: Send + Sync + 'static;
+    /// The shared mapping of a file of cells.
+    type Cells: Cells + 'static;
+
+    /// Fills `into` from byte `at` of `file`. Past the end of the file is an error.
+    fn read(&self, file: &Self::File, at: u64, into: Target<'_>) -> impl Future<Output = io::Result<()>>;
+
+    /// Writes `from` at byte `at`, extending the file if need be.
+    fn write(
+        &self,
+        file: &Self::File,
+        at: u64,
+        from: Source<'_>,
+        durability: Durability,
+    ) -> impl Future<Output = io::Result<()>>;
+
+    /// Makes all answered writes of `file` durable (`fdatasync`).
+    fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>>;
+
+    /// Makes `range` read as zeros. `Unsupported` if this file cannot do it without writing zeros.
+    fn zero(
+        &self,
+        file: &Self::File,
+        range: ByteRange,
+        zeroing: Zeroing,
+    ) -> impl Future<Output = io::Result<()>>;
+
+    /// Data and holes of `range`, in order, without gaps; may join or split what it likes.
+    fn extents(&self, file: &Self::File, range: ByteRange) -> io::Result<Vec<Extent>>;
+
+    /// Length of the file in bytes.
+    fn len(&self, file: &Self::File) -> io::Result<u64>;
+
+    /// Extends the file to `len` bytes with all its space allocated.
+    fn allocate(&self, file: &Self::File, len: u64) -> io::Result<()>;
+
+    /// Maps `count` cells from the start of `file`, which is allocated that far.
+    fn map(&self, file: &Self::File, count: usize) -> io::Result<Self::Cells>;
+
+    /// Writes a mapping's changed cells back and makes them durable.
+    fn sync_cells(&self, cells: &Self::Cells) -> io::Result<()>;
+
+    /// Makes a new empty file; `AlreadyExists` if there is one of this name.
+    fn create(&self, dir: &Self::Dir, name: &str) -> io::Result<Self::File>;
+
+    /// Opens a file of a directory; `NotFound` if there is none.
+    fn open(&self, dir: &Self::Dir, name: &str) -> io::Result<Self::File>;
+
+    /// Removes a file's name; open files of it go on.
+    fn remove(&self, dir: &Self::Dir, name: &str) -> io::Result<()>;
+
+    /// The names in a directory.
+    fn list(&self, dir: &Self::Dir) -> io::Result<Vec<String>>;
+
+    /// Makes names made and removed in `dir` durable.
+    fn sync_dir(&self, dir: &Self::Dir) -> io::Result<()>;
+
+    /// Waits.
+    fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
+}
