@@ -1,1 +1,41 @@
-//! Placeholder.
+//! An NBD server as a library: the protocol, with no thread, socket or executor in it.
+//!
+//! A [`Connection`] owns the two halves of one client's byte stream. Its
+//! [`handshake`](Connection::handshake) finds an [`Export`] among the [`Exports`] offered and
+//! agrees on features; its [`transmission`](Connection::transmission) then serves requests,
+//! many at once, until the client leaves. Both are plain futures: the caller drives them on
+//! whatever it has (one thread per connection on its own io_uring, or any `block_on`), puts
+//! the deadline it wants around the first, and closes the socket to end the second.
+//!
+//! What always holds: everything a client sends is checked here, once, before an export hears
+//! of it; memory per connection is bounded by [`Limits`]; a reply is either complete or the
+//! connection is over; an export's future is driven to its end, never dropped half-way, unless
+//! the caller drops the connection's own future.
+//!
+//! Absent: TLS (`NBD_OPT_STARTTLS`), extended headers, oldstyle negotiation, resizing, and all
+//! sockets. The protocol is that of NBD `doc/proto.md`; where it leaves a choice, the place
+//! that chooses names its source.
+
+#![forbid(unsafe_code)]
+
+mod buffer;
+mod connection;
+mod error;
+mod export;
+mod handshake;
+mod meta;
+mod options;
+pub mod proto;
+mod reply;
+mod request;
+mod status;
+mod stream;
+mod transmission;
+
+pub use connection::{Connection, Limits};
+pub use error::Error;
+pub use export::{Context, Errno, Export, ExportError, ExportInfo, Exports, Listing, Refusal, ZeroMode};
+pub use handshake::Session;
+pub use status::{Extent, Extents, Status};
+pub use stream::{ReadHalf, WriteHalf};
+pub use transmission::Ending;

@@ -1,0 +1,67 @@
+//! One client: its byte stream, and the two phases it goes through.
+
+use crate::error::Error;
+use crate::export::Exports;
+use crate::stream::{Incoming, ReadHalf, WriteHalf};
+use crate::transmission::Ending;
+
+/// How much one connection may have in hand. Beyond that its socket is not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests begun and not yet answered.
+    pub requests: usize,
+    /// Bytes of data buffers, kept ones included. At least the largest request fits always.
+    /// Block status replies come on top, with at most 1 MiB per request.
+    pub data_bytes: usize,
+}
+
+impl Default for Limits {
+    /// 16 requests, 64 MiB.
+    fn default() -> Self {
+        Limits { requests: 16, data_bytes: 64 << 20 }
+    }
+}
+
+/// A client's connection, from its first byte to its last.
+///
+/// ```no_run
+/// # use nbd_export::{Connection, Error, Exports, ReadHalf, WriteHalf};
+/// # async fn serve<R: ReadHalf, W: WriteHalf, X: Exports>(r: R, w: W, exports: &X) -> Result<(), Error> {
+/// let mut connection = Connection::new(r, w);
+/// // The caller's deadline goes around this future ...
+/// if let Some(session) = connection.handshake(exports).await? {
+///     // ... and this one runs until the client leaves or the socket is shut down.
+///     connection.transmission(session).await?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Connection<R, W> {
+    pub(crate) incoming: Incoming<R>,
+    pub(crate) writer: W,
+    pub(crate) limits: Limits,
+}
+
+impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
+    /// A connection on which nothing was said yet, with the default limits.
+    pub fn new(reader: R, writer: W) -> Self {
+        Connection::with_limits(reader, writer, Limits::default())
+    }
+
+    /// A connection on which nothing was said yet.
+    pub fn with_limits(reader: R, writer: W, limits: Limits) -> Self {
+        Connection { incoming: Incoming::new(reader), writer, limits }
+    }
+
+    /// Both phases without a deadline; see [`handshake`](Self::handshake) and
+    /// [`transmission`](Self::transmission).
+    ///
+    /// # Errors
+    /// As theirs.
+    pub async fn serve<X: Exports>(mut self, exports: &X) -> Result<Ending, Error> {
+        match self.handshake(exports).await? {
+            Some(session) => self.transmission(session).await,
+            None => Ok(Ending::Closed),
+        }
+    }
+}
