@@ -6,7 +6,8 @@
  *       write is complete, then writes the same number to its slot of DISK2.
  *   load scatter DISK FIRST SLOTS
  *       Writes 1 to 16 slots at random places of SLOTS slots from FIRST on, one request
- *       at a time, each slot stamped; at the end reads all back and compares.
+ *       at a time, each slot stamped; 256 requests near one another, then elsewhere. At
+ *       the end reads all back and compares.
  *
  * A slot is 4 KiB. Both go on until /tmp/stop exists. /tmp/progress holds the number of
  * writes that are complete.
@@ -21,7 +22,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SLOT = 4096, WORDS = SLOT / 8, MOST = 16 };
+enum { SLOT = 4096, WORDS = SLOT / 8, MOST = 16, NEAR = 128 };
 
 static int disks[2];
 static atomic_ulong written;
@@ -96,11 +97,12 @@ static void *pairs(void *slot)
 static void scatter(uint64_t first, uint64_t slots)
 {
     uint64_t *data = aligned(MOST * SLOT), *last = calloc(slots, sizeof *last);
-    uint64_t number = 0, wrong = 0;
+    uint64_t number = 0, wrong = 0, place = 0;
 
     while (!stopping) {
-        uint64_t count = 1 + random() % MOST, at = random() % (slots - count);
-        number++;
+        if (number++ % 256 == 0)
+            place = random() % (slots - NEAR - MOST);
+        uint64_t count = 1 + random() % MOST, at = place + random() % NEAR;
         for (uint64_t slot = at; slot < at + count; slot++) {
             stamp(data + (slot - at) * WORDS, first + slot, number);
             last[slot] = number;
