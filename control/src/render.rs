@@ -1,0 +1,295 @@
+//! Answers as people read them: aligned tables, sizes with units.
+//!
+//! What always holds: whatever a text from the daemon contains, it is shown without control
+//! characters, so that nothing a name or path holds reaches the terminal as a command. Every
+//! result ends with a newline.
+//!
+//! Absent: colours, and the terminal's width. The JSON form is for programs.
+
+use crate::commands::{
+    ChangedBlocks, DiskInfo, ExportInfo, RunState, SnapshotCreated, SnapshotInfo, SnapshotState, StatusInfo,
+};
+
+/// The answer of `query-status`, one fact a line.
+pub fn status(status: &StatusInfo) -> String {
+    let state = match status.status {
+        RunState::Starting => "starting",
+        RunState::Running => "running",
+        RunState::Stopping => "stopping",
+    };
+    let mut table = Table::new(&[("", Align::Left), ("", Align::Left)]);
+    let mut fact = |name: &str, value: String| table.row(vec![name.to_owned(), value]);
+    fact("Status", state.to_owned());
+    fact("Process", status.pid.to_string());
+    fact("Up", duration(status.uptime));
+    fact("Disks", status.disks.to_string());
+    fact("Snapshots", status.snapshots.to_string());
+    fact("Control", status.control_socket.clone());
+    fact("NBD", status.nbd.clone().unwrap_or_else(|| "off".to_owned()));
+    table.finish()
+}
+
+/// The answer of `query-disks`.
+pub fn disks(disks: &[DiskInfo]) -> String {
+    if disks.is_empty() {
+        return "no disks\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("DISK", Align::Left),
+        ("SIZE", Align::Right),
+        ("MODE", Align::Left),
+        ("FRONT END", Align::Left),
+        ("TRACKING", Align::Left),
+        ("SNAPSHOTS", Align::Right),
+        ("HELD", Align::Right),
+        ("READ", Align::Right),
+        ("WRITTEN", Align::Right),
+        ("ERRORS", Align::Right),
+        ("CHANGE ID", Align::Left),
+        ("IMAGE", Align::Left),
+    ]);
+    for disk in disks {
+        let tracker = &disk.tracker;
+        table.row(vec![
+            disk.name.clone(),
+            size(disk.size),
+            (if disk.read_only { "ro" } else { "rw" }).to_owned(),
+            (if disk.connected { "connected" } else { "-" }).to_owned(),
+            if tracker.on { size(tracker.block_size) } else { format!("off: {}", tracker.reason) },
+            disk.snapshots.to_string(),
+            size(disk.held),
+            size(disk.io.read_bytes),
+            size(disk.io.write_bytes),
+            disk.io.errors.to_string(),
+            if tracker.on { tracker.change_id.clone() } else { "-".to_owned() },
+            disk.image.clone(),
+        ]);
+    }
+    table.finish()
+}
+
+/// The answer of `query-snapshots`.
+pub fn snapshots(snapshots: &[SnapshotInfo]) -> String {
+    if snapshots.is_empty() {
+        return "no snapshots\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("SNAPSHOT", Align::Left),
+        ("DISK", Align::Left),
+        ("CREATED", Align::Left),
+        ("SIZE", Align::Right),
+        ("HELD", Align::Right),
+        ("STATE", Align::Left),
+        ("CHANGE ID", Align::Left),
+        ("EXPORTS", Align::Left),
+    ]);
+    for snapshot in snapshots {
+        let state = match (snapshot.state, &snapshot.reason) {
+            (SnapshotState::Active, _) => "active".to_owned(),
+            (SnapshotState::Broken, None) => "broken".to_owned(),
+            (SnapshotState::Broken, Some(reason)) => format!("broken: {reason}"),
+        };
+        table.row(vec![
+            snapshot.name.clone(),
+            snapshot.disk.clone(),
+            snapshot.created.to_string(),
+            size(snapshot.size),
+            size(snapshot.held),
+            state,
+            snapshot.change_id.clone(),
+            list(&snapshot.exports),
+        ]);
+    }
+    table.finish()
+}
+
+/// The answer of `snapshot-create`.
+pub fn snapshot_created(created: &SnapshotCreated) -> String {
+    let mut table = Table::new(&[("DISK", Align::Left), ("SIZE", Align::Right), ("CHANGE ID", Align::Left)]);
+    for point in &created.disks {
+        let cells = [&point.disk, &size(point.size), &point.change_id];
+        table.row(cells.map(Clone::clone).to_vec());
+    }
+    format!(
+        "snapshot {} at {}; writes waited {}\n{}",
+        printable(&created.name),
+        created.created,
+        microseconds(created.held_writes_us),
+        table.finish()
+    )
+}
+
+/// The answer of `query-changed-blocks`, with a line that sums it up.
+pub fn changes(changes: &ChangedBlocks) -> String {
+    let total = changes.ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
+    let mut out = String::new();
+    if !changes.ranges.is_empty() {
+        let mut table = Table::new(&[("OFFSET", Align::Right), ("LENGTH", Align::Right)]);
+        for range in &changes.ranges {
+            table.row(vec![range.offset.to_string(), range.length.to_string()]);
+        }
+        out += &table.finish();
+    }
+    let ranges = changes.ranges.len();
+    out += &printable(&format!(
+        "{} of {} changed on {} from {} to {} ({}), in {ranges} range{}, blocks of {}",
+        size(total),
+        size(changes.size),
+        changes.disk,
+        changes.since,
+        changes.snapshot,
+        changes.until,
+        if ranges == 1 { "" } else { "s" },
+        size(changes.block_size),
+    ));
+    if let Some(offset) = changes.next_offset {
+        out += &format!("; more from offset {offset}");
+    }
+    out.push('\n');
+    out
+}
+
+/// The answer of `query-exports`.
+pub fn exports(exports: &[ExportInfo]) -> String {
+    if exports.is_empty() {
+        return "no exports\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("EXPORT", Align::Left),
+        ("DISK", Align::Left),
+        ("SNAPSHOT", Align::Left),
+        ("SIZE", Align::Right),
+        ("MODE", Align::Left),
+        ("CLIENTS", Align::Right),
+        ("BITMAPS", Align::Left),
+        ("URI", Align::Left),
+    ]);
+    for export in exports {
+        let name = if export.name.is_empty() { "(default)".to_owned() } else { export.name.clone() };
+        table.row(vec![
+            name,
+            export.disk.clone(),
+            export.snapshot.clone().unwrap_or_else(|| "(live)".to_owned()),
+            size(export.size),
+            (if export.read_only { "ro" } else { "rw" }).to_owned(),
+            export.clients.to_string(),
+            list(&export.bitmaps),
+            export.uri.clone(),
+        ]);
+    }
+    table.finish()
+}
+
+/// A size in bytes with a binary unit: three digits at most before the point, one behind it
+/// where it says something. Rounded down, so that nothing looks larger than it is.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut unit = 0;
+    let mut whole = bytes;
+    let mut rest = 0;
+    while whole >= 1024 {
+        rest = whole % 1024;
+        whole /= 1024;
+        unit += 1;
+    }
+    let tenth = rest * 10 / 1024;
+    if tenth == 0 || whole >= 100 {
+        format!("{whole} {}", UNITS[unit])
+    } else {
+        format!("{whole}.{tenth} {}", UNITS[unit])
+    }
+}
+
+/// Seconds as the two largest units that matter.
+fn duration(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{minutes} min {} s", seconds % 60),
+        3600..86_400 => format!("{hours} h {} min", minutes % 60),
+        _ => format!("{days} d {} h", hours % 24),
+    }
+}
+
+fn microseconds(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} µs"),
+        1_000..1_000_000 => format!("{}.{} ms", us / 1_000, us / 100 % 10),
+        _ => format!("{}.{} s", us / 1_000_000, us / 100_000 % 10),
+    }
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() {
+        return "-".to_owned();
+    }
+    names.join(",")
+}
+
+/// The text with control characters, and those that reorder text, as escapes.
+fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        let reorders =
+            matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if c.is_control() || reorders {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[derive(Clone, Copy)]
+enum Align {
+    Left,
+    Right,
+}
+
+/// Rows of cells, each column as wide as its widest.
+struct Table {
+    columns: Vec<(String, Align)>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(columns: &[(&str, Align)]) -> Self {
+        Self {
+            columns: columns.iter().map(|&(name, align)| (name.to_owned(), align)).collect(),
+            rows: Vec::new(),
+        }
+    }
+
+    fn row(&mut self, cells: Vec<String>) {
+        debug_assert_eq!(cells.len(), self.columns.len());
+        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
+    }
+
+    fn finish(self) -> String {
+        let header: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
+        let titled = header.iter().any(|name| !name.is_empty());
+        let lines: Vec<&Vec<String>> = titled.then_some(&header).into_iter().chain(&self.rows).collect();
+        let width = |column: usize| {
+            let widths = lines.iter().map(|line| line[column].chars().count());
+            widths.max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
+        let mut out = String::new();
+        for line in lines {
+            let mut text = String::new();
+            for ((cell, width), (_, align)) in line.iter().zip(&widths).zip(&self.columns) {
+                match align {
+                    Align::Left => text += &format!("{cell:<width$}  "),
+                    Align::Right => text += &format!("{cell:>width$}  "),
+                }
+            }
+            out += text.trim_end();
+            out.push('\n');
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests;
