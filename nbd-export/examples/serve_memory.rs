@@ -24,7 +24,8 @@ fn main() -> std::io::Result<()> {
     let bytes = pattern(mebibytes << 20, 1);
     let mut info = ExportInfo::read_only("vda@tuesday", bytes.len() as u64);
     info.description = "vda as of Tuesday".into();
-    let snapshot = MemoryExport::new(info, bytes.clone()).with_bitmap("monday", vec![65536..131_072]);
+    let snapshot =
+        MemoryExport::new(info, bytes.clone()).with_bitmap("monday", vec![65536..131_072, 1 << 20..3 << 20]);
     let live = MemoryExport::new(ExportInfo::writable("vda", bytes.len() as u64), bytes);
     let _ = std::fs::remove_file(&socket);
     let server = serve(Path::new(&socket), MemoryExports::new([snapshot, live]))?;

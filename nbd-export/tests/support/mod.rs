@@ -1,5 +1,8 @@
 //! What the tests and the example serve: an image in memory, over blocking sockets or a script.
 #![allow(dead_code, reason = "each test uses its part")]
+#![allow(unreachable_pub, reason = "several crates include this module")]
+
+pub mod wire;
 
 use std::cell::RefCell;
 use std::future::Future;
