@@ -28,7 +28,7 @@ impl Default for Limits {
 /// # use nbd_export::{Connection, Error, Exports, ReadHalf, WriteHalf};
 /// # async fn serve<R: ReadHalf, W: WriteHalf, X: Exports>(r: R, w: W, exports: &X) -> Result<(), Error> {
 /// let mut connection = Connection::new(r, w);
-/// // The caller's deadline goes around this future ...
+/// // Ends by itself; the caller shuts the stream down where it takes too long ...
 /// if let Some(session) = connection.handshake(exports).await? {
 ///     // ... and this one runs until the client leaves or the socket is shut down.
 ///     connection.transmission(session).await?;

@@ -87,7 +87,8 @@ pub struct ExportInfo {
     /// Unit in which access is efficient, for instance a grain; a power of two from 512 to
     /// 32 MiB, and brought to one if it is not.
     pub preferred_block_bytes: u32,
-    /// Names `NAME` of the contexts `qemu:dirty-bitmap:NAME`, distinct.
+    /// Names `NAME` of the contexts `qemu:dirty-bitmap:NAME`: distinct, not empty, the whole at
+    /// most 4096 bytes.
     pub bitmaps: Vec<String>,
 }
 

@@ -4,7 +4,7 @@
 //! final reply; memory is bounded whatever lengths a client names; meta contexts belong to the
 //! export they were selected for and are forgotten with the next selection, even a failed one.
 //!
-//! Absent: the deadline. It belongs to the caller, who drops this future and the connection.
+//! Absent: the deadline. It belongs to the caller, who shuts the stream down when it passes.
 
 use crate::connection::Connection;
 use crate::error::Error;
@@ -61,6 +61,9 @@ enum Step<E> {
 
 impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
     /// Negotiates until the client has an export, or `None` if it left without one.
+    ///
+    /// Takes as long as the client likes. Where it took too long, shut the stream down: the
+    /// future then ends by itself.
     ///
     /// # Errors
     /// If the stream fails or the client breaks the protocol; the connection is to be closed.

@@ -4,8 +4,8 @@
 //! [`handshake`](Connection::handshake) finds an [`Export`] among the [`Exports`] offered and
 //! agrees on features; its [`transmission`](Connection::transmission) then serves requests,
 //! many at once, until the client leaves. Both are plain futures: the caller drives them on
-//! whatever it has (one thread per connection on its own io_uring, or any `block_on`), puts
-//! the deadline it wants around the first, and closes the socket to end the second.
+//! whatever it has (one thread per connection on its own io_uring, or any `block_on`), and shuts
+//! the stream down to end either early: the first at its deadline, the second at any time.
 //!
 //! What always holds: everything a client sends is checked here, once, before an export hears
 //! of it; memory per connection is bounded by [`Limits`]; a reply is either complete or the

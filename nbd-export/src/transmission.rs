@@ -62,7 +62,8 @@ impl Reply<'_> {
 
 impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
     /// Serves requests until the client disconnects or the stream ends; whatever was begun is
-    /// finished. To end it from outside, shut the stream down.
+    /// finished. To end it from outside, shut the stream down: for reading (`SHUT_RD`), and
+    /// what was begun is still answered; in both directions, and it is finished unheard.
     ///
     /// # Errors
     /// If the stream fails or the client breaks the protocol.

@@ -8,10 +8,12 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
+use futures_util::future::join;
 use nbd_export::{
     Connection, Context, Ending, Error, Export, ExportError, ExportInfo, Exports, Extents, Limits, Listing,
-    Refusal, proto,
+    ReadHalf, Refusal, WriteHalf, proto,
 };
+use support::pipe::Pipe;
 use support::wire::{Client, FIXED, Message, Server};
 use support::{Record, Script, block_on};
 
@@ -182,4 +184,60 @@ fn an_export_that_tells_nothing_of_its_status_is_an_error_and_not_a_loop() {
     server.final_reply(proto::OPT_SET_META_CONTEXT);
     server.final_reply(proto::OPT_GO);
     assert_eq!(server.error_value(), proto::EIO);
+}
+
+#[test]
+fn a_client_that_waits_and_one_that_does_not_are_both_served_over_a_narrow_pipe() {
+    const COUNT: u64 = 50;
+    const LEN: u32 = 3000;
+    for window in [1, 8, 50] {
+        let export = Gathering::new(1);
+        let (up, down) = (Pipe::new(100), Pipe::new(700));
+        let server = async {
+            let connection = Connection::new(up.clone(), down.clone());
+            let ending = connection.serve(&Only(Rc::clone(&export))).await;
+            down.close();
+            ending
+        };
+        let sent = Cell::new(0);
+        let received = Cell::new(0u64);
+        let waiting = RefCell::new(None::<Waker>);
+        let talk = async {
+            let mut up = up.clone();
+            up.write_all(&Client::new(FIXED).structured().go("").bytes).await.unwrap();
+            for cookie in 0..COUNT {
+                poll_fn(|cx| {
+                    if sent.get() - received.get() < window {
+                        return Poll::Ready(());
+                    }
+                    *waiting.borrow_mut() = Some(cx.waker().clone());
+                    Poll::Pending
+                })
+                .await;
+                let whole = Client::default().request(proto::CMD_READ, 0, cookie, cookie, LEN);
+                up.write_all(&whole.bytes).await.unwrap();
+                sent.set(sent.get() + 1);
+            }
+            up.write_all(&Client::default().disconnect().bytes).await.unwrap();
+        };
+        let listen = async {
+            let mut down = down.clone();
+            // Greeting, ACK, two INFOs, ACK; then replies of equal length.
+            let mut at = 0u64;
+            let handshake = 18 + 20 + (20 + 12) + (20 + 14) + 20;
+            let reply = 28 + u64::from(LEN);
+            let mut buf = [0; 64];
+            loop {
+                match down.read(&mut buf).await.unwrap() {
+                    0 => break,
+                    n => at += n as u64,
+                }
+                received.set(at.saturating_sub(handshake) / reply);
+                waiting.take().into_iter().for_each(Waker::wake);
+            }
+            assert_eq!(at, handshake + COUNT * reply);
+        };
+        let (ending, _) = block_on(join(server, join(talk, listen)));
+        assert_eq!(ending.unwrap(), Ending::Disconnected, "window {window}");
+    }
 }

@@ -2,9 +2,10 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::sync::LazyLock;
 
-use nbd_export::{Ending, Error, ExportInfo, proto};
+use nbd_export::{Ending, Error, ExportInfo, Exports, Listing, Refusal, proto};
 use proptest::prelude::*;
 use support::wire::{Client, FIXED, Message, Server, contexts, info, string};
 use support::{MemoryExport, MemoryExports, pattern};
@@ -366,6 +367,50 @@ fn export_name_of_nothing_and_options_without_fixed_newstyle_close() {
     assert!(matches!(client.talk(&exports(), 99).0, Err(Error::Refused(_))));
     let client = Client::new(0).option(proto::OPT_LIST, &[]);
     assert!(matches!(client.talk(&exports(), 99).0, Err(Error::Protocol(_))));
+}
+
+/// Exports of which one loses its bitmaps after a number of look-ups, and others are refused.
+struct Changing(Cell<u32>);
+
+impl Exports for Changing {
+    type Export = MemoryExport;
+
+    async fn find(&self, name: &str) -> Result<MemoryExport, Refusal> {
+        let export = MemoryExport::new(ExportInfo::read_only("x", 512), vec![1; 512]);
+        match (name, self.0.replace(self.0.get().saturating_sub(1))) {
+            ("x", 0) => Ok(export),
+            ("x", _) => Ok(export.with_bitmap("old", Vec::new())),
+            ("broken", _) => Err(Refusal::Policy("the snapshot is broken: no space left".into())),
+            _ => Err(Refusal::Shutdown),
+        }
+    }
+
+    fn list(&self) -> Vec<Listing> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn a_bitmap_gone_between_selection_and_entry_is_told_and_not_mistaken_for_another() {
+    let select = Client::new(FIXED).structured().set_contexts("x", &["qemu:dirty-bitmap:old"]);
+    let (result, mut server) = select.go("x").talk(&Changing(Cell::new(1)), 99);
+    assert_eq!(result.unwrap(), Ending::Closed);
+    server.final_reply(proto::OPT_STRUCTURED_REPLY);
+    assert_eq!(server.final_reply(proto::OPT_SET_META_CONTEXT).0, proto::REP_ACK);
+    let (reply, text) = server.final_reply(proto::OPT_GO);
+    assert_eq!(reply, proto::REP_ERR_UNKNOWN);
+    assert_eq!(text, "qemu:dirty-bitmap:old is gone since it was selected; select again");
+    assert!(server.is_at_end(), "no information before the error");
+}
+
+#[test]
+fn a_refused_export_tells_its_reason() {
+    let client = Client::new(FIXED).go("broken").go("other");
+    let (_, mut server) = client.talk(&Changing(Cell::new(0)), 99);
+    let (reply, text) = server.final_reply(proto::OPT_GO);
+    assert_eq!(reply, proto::REP_ERR_POLICY);
+    assert_eq!(text, "the snapshot is broken: no space left");
+    assert_eq!(server.final_reply(proto::OPT_GO).0, proto::REP_ERR_SHUTDOWN);
 }
 
 fn any_option() -> impl Strategy<Value = (u32, Vec<u8>)> {

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 #![allow(unreachable_pub, reason = "several crates include this module")]
 
+pub mod pipe;
 pub mod wire;
 
 use std::cell::RefCell;
