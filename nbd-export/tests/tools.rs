@@ -23,7 +23,10 @@ impl Served {
         let snapshot = MemoryExport::new(info, bytes.clone())
             .with_bitmap("monday", vec![65536..131_072, 3 << 20..5 << 20]);
         let live = MemoryExport::new(ExportInfo::writable("vda", SIZE as u64), vec![0; SIZE]);
-        serve(&dir.path().join("s"), MemoryExports::new([snapshot, live])).unwrap();
+        let info = ExportInfo::read_only("broken", SIZE as u64);
+        let mut broken = MemoryExport::new(info, bytes.clone());
+        broken.broken_at = Some(1 << 20);
+        serve(&dir.path().join("s"), MemoryExports::new([snapshot, live, broken])).unwrap();
         Served { dir, bytes }
     }
 
@@ -154,4 +157,39 @@ print("done")
     } else {
         assert_eq!(text.trim(), "done");
     }
+}
+
+#[test]
+fn clients_take_the_error_of_a_broken_snapshot_and_go_on() {
+    let served = Served::new();
+    let script = r#"
+import sys, errno
+try:
+    import nbd
+except ImportError:
+    print("no module"); sys.exit(0)
+h = nbd.NBD()
+h.add_meta_context("base:allocation")
+h.connect_uri(sys.argv[1])
+for f in (lambda: h.pread(4096, 1 << 20), lambda: h.block_status(2 << 20, 0, lambda *_: 0)):
+    try:
+        f()
+        raise AssertionError("no error")
+    except nbd.Error as e:
+        assert e.errnum == errno.EIO, e
+assert len(h.pread(4096, 0)) == 4096
+print("done")
+"#;
+    if let Some(text) = run("python3", &["-c", script, &served.uri("broken")]) {
+        assert!(["done", "no module"].contains(&text.trim()), "{text}");
+    }
+    let args = ["-r", "-f", "raw", "-c", "read 1M 64k", "-c", "read 0 64k"];
+    if !Path::new("/usr/bin/qemu-io").exists() {
+        eprintln!("SKIPPED: /usr/bin/qemu-io is not installed (qemu-utils)");
+        return;
+    }
+    let output = Command::new("/usr/bin/qemu-io").args(args).arg(served.uri("broken")).output().unwrap();
+    let text = [output.stdout, output.stderr].map(|t| String::from_utf8_lossy(&t).into_owned()).concat();
+    assert!(text.contains("read failed: Input/output error"), "{text}");
+    assert!(text.contains("read 65536/65536 bytes at offset 0"), "{text}");
 }
