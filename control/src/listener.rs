@@ -102,10 +102,7 @@ impl Listener {
         let _lock = lock_directory(path)?;
         remove_if_dead(path, &address)?;
 
-        let socket = new_socket().map_err(errno("make a socket for"))?;
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
-            .map_err(errno("set the mode of the socket for"))?;
-        rustix::net::bind(&socket, &address).map_err(errno("listen on"))?;
+        let socket = bind_private(&address).map_err(errno("listen on"))?;
         let metadata = fs::symlink_metadata(path).map_err(failed("look at"))?;
         if metadata.permissions().mode() & 0o777 != 0o600 {
             // An umask that takes from the owner: the file is too narrow, never too wide.
@@ -149,8 +146,13 @@ impl Drop for Listener {
     }
 }
 
-fn new_socket() -> rustix::io::Result<OwnedFd> {
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+/// A socket bound to `address`, its file for the owner alone and never for anyone else.
+fn bind_private(address: &SocketAddrUnix) -> rustix::io::Result<OwnedFd> {
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, address)?;
+    Ok(socket)
 }
 
 /// Locks the directory that `path` is in until the result is dropped.
@@ -228,6 +230,15 @@ mod tests {
         assert_eq!(mode(listener.path()), 0o600);
         assert_eq!(mode(path.parent().unwrap()), 0o700);
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn the_file_is_never_wider_than_that() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("c.sock");
+        let _socket = bind_private(&SocketAddrUnix::new(&path).unwrap()).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o177, 0);
     }
 
     #[test]

@@ -44,6 +44,8 @@ struct State {
     events: usize,
     /// A line was taken and is not yet sent.
     sending: bool,
+    /// Events are wanted.
+    negotiated: bool,
     /// Nothing more is accepted; what waits is still sent.
     finishing: bool,
     /// Nothing more is sent.
@@ -88,7 +90,7 @@ impl Outbox {
     /// Adds an event; cuts the client off if too many wait already.
     pub(crate) fn event(&self, line: &Arc<[u8]>) {
         let mut state = self.lock();
-        if state.finishing || state.closed {
+        if !state.negotiated || state.finishing || state.closed {
             return;
         }
         if state.events == self.max_events {
@@ -107,6 +109,17 @@ impl Outbox {
 
     /// Adds a reply, when there is room for it.
     pub(crate) fn reply(&self, line: Vec<u8>) -> Result<(), Gone> {
+        self.add_reply(line, false)
+    }
+
+    /// Adds the reply that ends the negotiation. Events are dropped before it and kept after
+    /// it: qemu.qmp takes the first line for the reply, whatever it is, and a client that has
+    /// read the reply misses nothing.
+    pub(crate) fn reply_negotiated(&self, line: Vec<u8>) -> Result<(), Gone> {
+        self.add_reply(line, true)
+    }
+
+    fn add_reply(&self, line: Vec<u8>, negotiated: bool) -> Result<(), Gone> {
         let mut state = self.lock();
         while state.replies == MAX_REPLIES && !state.closed && !state.finishing {
             state = self.wait(state);
@@ -115,6 +128,7 @@ impl Outbox {
             return Err(Gone);
         }
         state.replies += 1;
+        state.negotiated |= negotiated;
         state.lines.push_back(Line::Reply(line));
         self.changed.notify_all();
         Ok(())

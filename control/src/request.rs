@@ -113,7 +113,12 @@ fn bad_request(desc: String) -> CommandError {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::arguments;
+    use crate::commands::{QueryChangedBlocks, SnapshotCreate};
+    use crate::wire::MAX_REQUEST_BYTES;
 
     fn refusal(text: &str) -> (Option<String>, String) {
         let (id, request) = parse(text.as_bytes());
@@ -169,4 +174,69 @@ mod tests {
         let (_, desc) = refusal(&format!("{{\"{}\":1}}", "é".repeat(100_000)));
         assert!(desc.len() < 300, "{desc}");
     }
+
+    #[test]
+    fn the_worst_request_that_fits_costs_bounded_time() {
+        const SPACE: usize = MAX_REQUEST_BYTES - 1000;
+        let members: String = (0..SPACE / 12).map(|n| format!("\"{n:07}\":0,")).collect();
+        let escapes = "\\u00e9".repeat(SPACE / 6);
+        let numbers = "1e9,".repeat(SPACE / 4);
+        let nested = "[[[[[[[[]]]]]]]],".repeat(SPACE / 18);
+        for worst in [
+            format!("{{{members}\"execute\":\"quit\"}}"),
+            format!("{{\"execute\":\"quit\",\"arguments\":{{{members}\"x\":0}}}}"),
+            format!("{{\"execute\":\"{escapes}\"}}"),
+            format!("{{\"execute\":\"quit\",\"arguments\":{{\"x\":[{numbers}0]}}}}"),
+            format!("{{\"execute\":\"quit\",\"id\":[{nested}0]}}"),
+        ] {
+            let began = std::time::Instant::now();
+            assert!(worst.len() < MAX_REQUEST_BYTES);
+            if let (_, Ok(request)) = parse(worst.as_bytes()) {
+                let _ = arguments::read::<SnapshotCreate>(request.arguments);
+            }
+            let took = began.elapsed();
+            assert!(took < std::time::Duration::from_secs(5), "{took:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_looks_like_a_request_is_a_panic(
+            words in prop::collection::vec(prop::sample::select(WORDS), 0..24),
+            bytes in prop::collection::vec(any::<u8>(), 0..16),
+        ) {
+            let text = words.concat();
+            for input in [text.as_bytes(), &bytes] {
+                if let (_, Ok(request)) = parse(input) {
+                    let _ = arguments::read::<SnapshotCreate>(request.arguments);
+                    let _ = arguments::read::<QueryChangedBlocks>(request.arguments);
+                }
+            }
+        }
+    }
+
+    const WORDS: &[&str] = &[
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\"execute\":",
+        "\"arguments\":{",
+        "\"id\":",
+        "\"name\":",
+        "\"disks\":[",
+        "\"since\":",
+        "\"limit\":",
+        "\"x\"",
+        "1",
+        "-0",
+        "1e999",
+        "null",
+        "\"\\ud800\"",
+        "\"\\u0000\"",
+        " ",
+        "\n",
+    ];
 }

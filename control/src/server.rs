@@ -312,15 +312,15 @@ impl Client {
                 (reply_line(&answer, id), after)
             }
         };
-        self.outbox.reply(line)?;
         match after {
-            After::Nothing => {}
+            After::Nothing => self.outbox.reply(line)?,
             After::Negotiated => {
                 *negotiated = true;
-                // After the answer: qemu.qmp takes the next line for it, whatever it is.
                 self.shared.events.subscribe(&self.outbox);
+                self.outbox.reply_negotiated(line)?;
             }
             After::Quit => {
+                self.outbox.reply(line)?;
                 log::info!("client {} asks the daemon to quit", self.number);
                 self.outbox.sent(QUIT_PATIENCE);
                 self.shared.service.quit();

@@ -371,6 +371,16 @@ fn events_reach_every_client_that_negotiated() {
 }
 
 #[test]
+fn no_event_is_missed_once_the_negotiation_is_answered() {
+    let stage = stage();
+    for _ in 0..200 {
+        let mut client = stage.client();
+        stage.events.post(&Event::FrontendConnected { disk: "vda".to_owned() });
+        assert!(client.next_event(Some(PATIENCE)).unwrap().is_some());
+    }
+}
+
+#[test]
 fn a_client_that_never_reads_is_cut_off_and_hurts_nobody() {
     let stage = stage_with(Options { max_events: 100, ..Options::default() });
     let mut deaf = stage.negotiated();
@@ -504,6 +514,22 @@ fn stop_does_not_wait_for_a_client_that_does_not_read() {
     stage.server.stop(Duration::from_millis(300));
     assert!(began.elapsed() < Duration::from_secs(3));
     stage.wait_for_clients(0);
+}
+
+#[test]
+fn nothing_of_a_server_outlives_it() {
+    let Stage { server, service, path, _directory: directory, .. } = stage();
+    let mut client = Client::connect(&path, PATIENCE).unwrap();
+    drop(server);
+    assert!(client.call(&QueryStatus {}).is_err());
+    let deadline = Instant::now() + PATIENCE;
+    // The server's threads are the others that hold the service.
+    while Arc::strong_count(&service) > 1 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!path.exists());
+    assert!(directory.path().exists());
 }
 
 #[test]

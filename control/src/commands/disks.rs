@@ -1,0 +1,101 @@
+//! Disks: what they are, what the guest does to them, how their tracker is.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Command, Timestamp};
+
+/// Asks for all disks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryDisks {}
+
+impl Command for QueryDisks {
+    const NAME: &'static str = "query-disks";
+    type Answer = Vec<DiskInfo>;
+}
+
+/// A disk and how it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskInfo {
+    /// The name by which verbs and exports know it.
+    pub name: String,
+    /// The image's path on the host.
+    pub image: String,
+    /// The directory of its tracker and snapshots.
+    pub state_directory: String,
+    /// Capacity in bytes.
+    pub size: u64,
+    /// Logical block size that the guest sees, in bytes.
+    pub block_size: u32,
+    /// Virtqueues offered.
+    pub queues: u16,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Whether a completed write may still be in a volatile cache until a flush.
+    pub writeback: bool,
+    /// The serial number that the guest reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// The vhost-user socket's path, unless the front end came with a connected descriptor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
+    /// Whether a front end (QEMU, cloud-hypervisor, …) is connected.
+    pub connected: bool,
+    /// Change tracking.
+    pub tracker: TrackerInfo,
+    /// What the guest did since the daemon started.
+    pub io: IoCounters,
+    /// Snapshots held, broken ones included.
+    pub snapshots: u32,
+    /// Bytes that its difference stores take on the host.
+    pub held: u64,
+}
+
+/// Change tracking of one disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TrackerInfo {
+    /// Whether changes are recorded. If not, no change id is valid and a full backup is needed.
+    pub on: bool,
+    /// The UUID of the unbroken history that now runs.
+    pub generation: String,
+    /// The epoch that writes are now marked with.
+    pub epoch: u64,
+    /// The last completed epoch as a change id, `GENERATION/EPOCH`.
+    pub change_id: String,
+    /// Unit of tracking in bytes.
+    pub block_size: u64,
+    /// When the generation began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began: Option<Timestamp>,
+    /// Why the generation began, or why tracking is off: a code such as `new-disk`,
+    /// `host-crash`, `image-changed`.
+    pub reason: String,
+}
+
+/// Counters since the daemon started; they wrap after 2⁶⁴.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct IoCounters {
+    /// Read requests completed.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Write requests completed.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Flush requests completed.
+    pub flushes: u64,
+    /// Discard requests completed.
+    pub discards: u64,
+    /// Bytes discarded.
+    pub discard_bytes: u64,
+    /// Write-zeroes requests completed.
+    pub write_zeroes: u64,
+    /// Requests that failed, refused ones included.
+    pub errors: u64,
+    /// Bytes of old content preserved for snapshots.
+    pub preserved_bytes: u64,
+}
