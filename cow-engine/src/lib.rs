@@ -6,12 +6,31 @@
 
 #![deny(unsafe_code)]
 
+mod claims;
+mod disk;
+mod error;
+mod format;
+mod gate;
+pub mod group;
 #[allow(unsafe_code)]
 pub mod host;
+mod index;
 #[allow(unsafe_code)]
 pub mod memory;
-pub mod storage;
-pub mod tracker;
+mod open;
+mod preserve;
+mod snapshot;
+mod storage;
+mod tracker;
+mod view;
 
 pub use cbt;
-pub use storage::Storage;
+
+pub use disk::{Disk, Event, EventSink};
+pub use error::Error;
+pub use gate::Lane;
+pub use open::{DiskOptions, OpenReport, ResetReason};
+pub use snapshot::Snapshot;
+pub use storage::{Durability, Extent, Storage, Zeroing};
+pub use tracker::Identity;
+pub use view::View;

@@ -1,8 +1,21 @@
-//! x
+//! A disk's history at run time: generation, epoch, the change map, and which of its pages the
+//! newest snapshot has seen for the last time.
+//!
+//! Invariant: a page of the map is in the newest snapshot's store, published, before a block of it
+//! is marked in a later epoch than the snapshot's; so a snapshot's changes are frozen at its instant
+//! without copying the map.
+//! Absent: where frozen pages go ([`crate::snapshot`]) and who freezes them ([`crate::disk`]).
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+
+use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Cells, Epoch, Generation, Map, PAGE_BYTES, PageIndex};
+
 /// What tells one image from another, and whether it was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Device that holds the image (`st_dev`).
+    /// Device that holds the image (`st_dev`). Numbers may differ after a reboot.
     pub device: u64,
     /// Inode number.
     pub inode: u64,
@@ -10,4 +23,134 @@ pub struct Identity {
     pub len: u64,
     /// Time of the last change of content, in nanoseconds since 1970.
     pub mtime_ns: i64,
+}
+
+/// Words in the first page of the map file: what must survive the process without an I/O that
+/// could fail.
+pub(crate) struct Control<C> {
+    cells: Arc<C>,
+}
+
+/// Cells before the map's: one page.
+pub(crate) const CONTROL_CELLS: usize = CELLS_PER_PAGE;
+const BROKEN_UP_TO: usize = 0;
+
+impl<C: Cells> Control<C> {
+    pub(crate) fn new(cells: Arc<C>) -> Self {
+        Self { cells }
+    }
+
+    pub(crate) fn cells(&self) -> &Arc<C> {
+        &self.cells
+    }
+
+    /// All snapshots up to this number are broken, unless their heads say so themselves; 0 for none.
+    pub(crate) fn broken_up_to(&self) -> u32 {
+        self.word(BROKEN_UP_TO).load(SeqCst)
+    }
+
+    /// Notes that `sequence` is broken, at once and without fail. Answers what was noted before.
+    pub(crate) fn note_broken(&self, sequence: u32) -> u32 {
+        self.word(BROKEN_UP_TO).fetch_max(sequence, SeqCst)
+    }
+
+    /// The snapshot's head says that it is broken: the note of `sequence` is not needed any more.
+    pub(crate) fn forget_broken(&self, sequence: u32) {
+        // Another one that broke meanwhile has a note of its own, which stays.
+        let _ = self.word(BROKEN_UP_TO).compare_exchange(sequence, 0, SeqCst, SeqCst);
+    }
+
+    fn word(&self, index: usize) -> &AtomicU32 {
+        &self.cells.cells()[index]
+    }
+}
+
+/// The map's cells: all but the control page.
+pub(crate) struct MapCells<C>(Arc<C>);
+
+impl<C: Cells> Cells for MapCells<C> {
+    fn cells(&self) -> &[AtomicU32] {
+        &self.0.cells()[CONTROL_CELLS..]
+    }
+}
+
+/// The change map of a disk that is tracked.
+pub(crate) struct Tracker<C> {
+    map: Map<MapCells<C>>,
+    /// For each page of the map the epoch in which it may be marked.
+    opened: Box<[AtomicU32]>,
+}
+
+impl<C: Cells> Tracker<C> {
+    /// Cells that a map file needs, its control page included.
+    pub(crate) fn cells_needed(grid: BlockGrid, capacity: u64) -> usize {
+        CONTROL_CELLS + Map::<MapCells<C>>::cells_needed(grid, capacity)
+    }
+
+    pub(crate) fn new(cells: Arc<C>, grid: BlockGrid, capacity: u64) -> Self {
+        let map = Map::new(MapCells(cells), grid, capacity);
+        let opened = (0..map.pages()).map(|_| AtomicU32::new(0)).collect();
+        Self { map, opened }
+    }
+
+    pub(crate) fn grid(&self) -> BlockGrid {
+        self.map.grid()
+    }
+
+    pub(crate) fn pages_of(&self, range: ByteRange) -> std::ops::Range<PageIndex> {
+        self.map.pages_of(range)
+    }
+
+    /// Whether all pages of `range` may be marked in `epoch`.
+    pub(crate) fn is_open(&self, range: ByteRange, epoch: Epoch) -> bool {
+        self.pages_of(range).all(|page| self.is_page_open(page, epoch))
+    }
+
+    pub(crate) fn is_page_open(&self, page: PageIndex, epoch: Epoch) -> bool {
+        self.opened(page).load(Acquire) == epoch.get()
+    }
+
+    /// The page is preserved, or nobody will ask for it: it may be marked in `epoch`.
+    pub(crate) fn open_page(&self, page: PageIndex, epoch: Epoch) {
+        self.opened(page).store(epoch.get(), Release);
+    }
+
+    fn opened(&self, page: PageIndex) -> &AtomicU32 {
+        // A page's index is below the number of pages, which is a usize.
+        &self.opened[usize::try_from(page).unwrap_or(usize::MAX)]
+    }
+
+    pub(crate) fn mark(&self, range: ByteRange, epoch: Epoch) {
+        self.map.mark(range, epoch);
+    }
+
+    pub(crate) fn copy_page(&self, page: PageIndex, out: &mut [u8; PAGE_BYTES]) {
+        self.map.copy_page(page, out);
+    }
+
+    pub(crate) fn clear(&self) {
+        self.map.clear();
+    }
+}
+
+/// Generation and epoch of a disk.
+pub(crate) struct History {
+    pub(crate) generation: Generation,
+    epoch: AtomicU32,
+}
+
+impl History {
+    pub(crate) fn new(generation: Generation, epoch: Epoch) -> Self {
+        Self { generation, epoch: AtomicU32::new(epoch.get()) }
+    }
+
+    /// The epoch in which changes are marked now. Changes inside the gate see one value.
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch::new(self.epoch.load(Relaxed))
+    }
+
+    /// Begins `epoch`. The gate is closed; its opening publishes this.
+    pub(crate) fn begin(&self, epoch: Epoch) {
+        self.epoch.store(epoch.get(), SeqCst);
+    }
 }

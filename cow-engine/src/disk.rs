@@ -1,0 +1,408 @@
+//! A disk: the verbs of a guest, in the order of their effects.
+//!
+//! ```text
+//! pass the gate                     (a snapshot in creation waits for us, or we for it)
+//! freeze the pages of the map       (into the newest snapshot, before their first mark since)
+//! mark the blocks                   (before the data: a stop over-reports, never under-reports)
+//! preserve the old grains           (read, append, publish, under a claim)
+//! submit the change
+//! ```
+//!
+//! Invariant: after each line a stop leaves marks that cover what changed, every held snapshot
+//! intact, and the request done or not begun as far as anyone was told.
+//! Absent: where requests come from, and reading of snapshots ([`crate::View`]).
+
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwapOption;
+use cbt::{BlockGrid, ByteRange, ChangeId, PAGE_BYTES, PageIndex};
+
+use crate::error::Error;
+use crate::format::{GRAIN, SnapshotState, Superblock};
+use crate::gate::{Gate, Lane};
+use crate::index::Key;
+use crate::memory::{AlignedBuf, Source, Target};
+use crate::preserve::preserve;
+use crate::snapshot::Snapshot;
+use crate::storage::{Durability, Storage, Zeroing};
+use crate::tracker::{Control, History, Tracker};
+
+/// Something that happened to a disk without anyone asking for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A snapshot lost something that it needs; its readers get errors from now on.
+    SnapshotBroken {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Takes events from any thread; must not block.
+pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// Zeros that are written at once where the file system cannot zero a range.
+const ZEROS: usize = 256 << 10;
+
+/// A disk of a guest, shared by all queues that serve it.
+///
+/// Price of its shape: a change costs two atomic additions on its queue's own cache line and a store
+/// per block; the first change of a grain after a snapshot costs a read and a copy besides.
+pub struct Disk<S: Storage> {
+    pub(crate) name: String,
+    pub(crate) id: [u8; 16],
+    pub(crate) image: S::File,
+    pub(crate) dir: S::Dir,
+    pub(crate) capacity: u64,
+    pub(crate) gate: Gate,
+    pub(crate) history: History,
+    pub(crate) tracker: Option<Tracker<S::Cells>>,
+    pub(crate) control: Control<S::Cells>,
+    /// Oldest first, deleted ones included as long as an older one needs them.
+    pub(crate) snapshots: Mutex<Vec<Arc<Snapshot<S>>>>,
+    /// The end of the chain, into which changes preserve.
+    pub(crate) newest: ArcSwapOption<Snapshot<S>>,
+    pub(crate) superblock: Mutex<Superblock>,
+    pub(crate) superblock_file: S::File,
+    pub(crate) events: EventSink,
+    pub(crate) poisoned: AtomicBool,
+}
+
+impl<S: Storage> Disk<S> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Size in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// The file or device that the guest's data is in.
+    pub fn image(&self) -> &S::File {
+        &self.image
+    }
+
+    /// The grid of tracked blocks, if changes are tracked.
+    pub fn block_grid(&self) -> Option<BlockGrid> {
+        self.tracker.as_ref().map(Tracker::grid)
+    }
+
+    /// The instant that a snapshot taken now would have.
+    pub fn change_id(&self) -> ChangeId {
+        ChangeId { generation: self.history.generation, epoch: self.history.epoch() }
+    }
+
+    /// A counter for one more queue, or other source of changes.
+    pub fn lane(&self) -> Lane {
+        self.gate.lane()
+    }
+
+    /// Reads from the live disk.
+    ///
+    /// # Panics
+    /// If the range passes the disk's end; requests are checked where they enter.
+    pub async fn read(&self, io: &S, at: u64, into: Target<'_>) -> Result<(), Error> {
+        self.check(at, into.len() as u64);
+        io.read(&self.image, at, into).await.map_err(Error::io("reading the image"))
+    }
+
+    /// Writes to the live disk; see the module for the order of effects.
+    ///
+    /// # Panics
+    /// If the range passes the disk's end; requests are checked where they enter.
+    pub async fn write(
+        &self,
+        io: &S,
+        lane: Lane,
+        at: u64,
+        from: Source<'_>,
+        durability: Durability,
+    ) -> Result<(), Error> {
+        let range = self.check(at, from.len() as u64);
+        let _pass = self.gate.enter(lane).await;
+        self.before_change(io, range).await;
+        io.write(&self.image, at, from, durability).await.map_err(Error::io("writing the image"))
+    }
+
+    /// Makes every change that was answered before this durable.
+    ///
+    /// # Errors
+    /// Once a flush has failed all later ones fail: the kernel may have dropped what it could not
+    /// write, and would report the next flush as a success.
+    pub async fn flush(&self, io: &S) -> Result<(), Error> {
+        if self.poisoned.load(SeqCst) {
+            return Err(Error::Poisoned);
+        }
+        io.sync(&self.image).await.map_err(|source| {
+            self.poisoned.store(true, SeqCst);
+            log::error!(
+                "{}: flushing the image failed, no flush can be trusted any more: {source}",
+                self.name
+            );
+            Error::Io { what: "flushing the image", source }
+        })
+    }
+
+    /// Gives back the space of a range, whose content nobody needs. It reads as zeros where the image
+    /// can do that, and as before where it cannot (VIRTIO 1.2 §5.2.6.2 allows either).
+    ///
+    /// # Panics
+    /// If `range` passes the disk's end; requests are checked where they enter.
+    pub async fn discard(&self, io: &S, lane: Lane, range: ByteRange) -> Result<(), Error> {
+        self.check(range.start(), range.len());
+        let _pass = self.gate.enter(lane).await;
+        self.before_change(io, range).await;
+        match io.zero(&self.image, range, Zeroing::Unmap).await {
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => Ok(()),
+            result => result.map_err(Error::io("discarding a range of the image")),
+        }
+    }
+
+    /// Makes a range read as zeros.
+    ///
+    /// # Panics
+    /// If `range` passes the disk's end; requests are checked where they enter.
+    pub async fn write_zeroes(
+        &self,
+        io: &S,
+        lane: Lane,
+        range: ByteRange,
+        zeroing: Zeroing,
+        durability: Durability,
+    ) -> Result<(), Error> {
+        self.check(range.start(), range.len());
+        let _pass = self.gate.enter(lane).await;
+        self.before_change(io, range).await;
+        self.zero(io, range, zeroing).await?;
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Durable => self.flush(io).await,
+        }
+    }
+
+    /// Zeros by the file system's means, else by writing zeros.
+    async fn zero(&self, io: &S, range: ByteRange, zeroing: Zeroing) -> Result<(), Error> {
+        let unsupported = |error: &std::io::Error| error.kind() == std::io::ErrorKind::Unsupported;
+        let fail = || Error::io("zeroing a range of the image");
+        let mut result = io.zero(&self.image, range, zeroing).await;
+        if zeroing == Zeroing::Unmap && result.as_ref().is_err_and(unsupported) {
+            result = io.zero(&self.image, range, Zeroing::Keep).await;
+        }
+        if !result.as_ref().is_err_and(unsupported) {
+            return result.map_err(fail());
+        }
+        let zeros = AlignedBuf::zeroed(ZEROS);
+        let mut at = range.start();
+        while at < range.end() {
+            let len = (range.end() - at).min(ZEROS as u64);
+            let part = Source::of(&zeros[..usize::try_from(len).unwrap_or(ZEROS)]);
+            io.write(&self.image, at, part, Durability::Cached).await.map_err(fail())?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Everything that must have happened before `range` changes. Inside the gate.
+    ///
+    /// Cannot fail: what cannot be preserved breaks the snapshot, not the guest's change.
+    async fn before_change(&self, io: &S, range: ByteRange) {
+        if range.is_empty() {
+            return;
+        }
+        let epoch = self.history.epoch();
+        let newest = self.newest.load();
+        let newest = newest.as_ref().filter(|snapshot| snapshot.broken().is_none());
+        if let Some(snapshot) = newest {
+            let frozen = self.tracker.as_ref().is_none_or(|tracker| tracker.is_open(range, epoch));
+            let grains = grains_of(range);
+            let preserved = frozen && grains.clone().all(|grain| snapshot.has(Key::grain(grain)));
+            if !preserved {
+                // Rare beside the other ways through here, and its state is large: kept out of
+                // the future that every request carries.
+                let snapshot = Arc::clone(snapshot);
+                return Box::pin(self.mark_and_preserve(io, snapshot, range)).await;
+            }
+        }
+        if let Some(tracker) = &self.tracker {
+            tracker.mark(range, epoch);
+        }
+    }
+
+    async fn mark_and_preserve(&self, io: &S, snapshot: Arc<Snapshot<S>>, range: ByteRange) {
+        if let Some(tracker) = &self.tracker {
+            if let Err(error) = self.freeze(io, tracker, &snapshot, range).await {
+                self.break_snapshot(io, &snapshot, &error).await;
+            }
+            // Only now: a mark made earlier would be in the frozen page's place.
+            tracker.mark(range, self.history.epoch());
+        }
+        let grains = grains_of(range);
+        let keys = Key::grain(grains.start)..Key::grain(grains.end);
+        let old =
+            async |keys: std::ops::Range<Key>, buffer: &mut [u8]| self.read_grains(io, keys, buffer).await;
+        if let Err(error) = preserve(io, &snapshot, keys, old).await {
+            self.break_snapshot(io, &snapshot, &error).await;
+        }
+    }
+
+    /// Preserves the pages of the map that `range` is about to mark for the first time since the
+    /// newest snapshot.
+    async fn freeze(
+        &self,
+        io: &S,
+        tracker: &Tracker<S::Cells>,
+        snapshot: &Snapshot<S>,
+        range: ByteRange,
+    ) -> Result<(), Error> {
+        let epoch = self.history.epoch();
+        let old = async |keys: std::ops::Range<Key>, buffer: &mut [u8]| {
+            let pages = keys.start.to_map_page()..keys.end.to_map_page();
+            for (page, out) in pages.zip(buffer.as_chunks_mut::<PAGE_BYTES>().0) {
+                tracker.copy_page(page, out);
+            }
+            Ok(())
+        };
+        // A snapshot of another generation is asked for its content, never for its changes.
+        let wanted = snapshot.tracked && snapshot.generation == self.history.generation;
+        for page in tracker.pages_of(range) {
+            if tracker.is_page_open(page, epoch) {
+                continue;
+            }
+            if wanted {
+                preserve(io, snapshot, Key::map_page(page)..Key::map_page(page + 1), &old).await?;
+            }
+            tracker.open_page(page, epoch);
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` with the grains of `keys` as the live disk has them; zeros past its end.
+    async fn read_grains(&self, io: &S, keys: std::ops::Range<Key>, buffer: &mut [u8]) -> Result<(), Error> {
+        let start = keys.start.to_raw() * GRAIN as u64;
+        let len = (self.capacity - start).min(buffer.len() as u64);
+        let part = &mut buffer[..usize::try_from(len).unwrap_or(usize::MAX)];
+        io.read(&self.image, start, Target::of(part))
+            .await
+            .map_err(Error::io("reading old content of the image"))
+    }
+
+    /// Gives up a snapshot, before the change that it could not be preserved from.
+    ///
+    /// The note in the mapped control page comes first and cannot fail: if the process ends now, the
+    /// snapshot is still known to be broken. Then readers are told, then the head.
+    pub(crate) async fn break_snapshot(&self, io: &S, snapshot: &Snapshot<S>, error: &Error) {
+        let before = self.control.note_broken(snapshot.sequence);
+        let reason = with_sources(error);
+        if !snapshot.set_broken(&reason) {
+            return;
+        }
+        log::warn!("{}: snapshot '{}' is broken: {reason}", self.name, snapshot.name);
+        (self.events)(Event::SnapshotBroken {
+            disk: self.name.clone(),
+            snapshot: snapshot.name.clone(),
+            reason: reason.clone(),
+        });
+        match snapshot.write_head(io).await {
+            Ok(()) if before == 0 => self.control.forget_broken(snapshot.sequence),
+            Ok(()) => {}
+            Err(error) => {
+                log::warn!(
+                    "{}: cannot note that in the snapshot's head: {}",
+                    self.name,
+                    with_sources(&error)
+                );
+            }
+        }
+    }
+
+    /// The snapshots that a user sees, oldest first.
+    pub fn snapshots(&self) -> Vec<Arc<Snapshot<S>>> {
+        self.chain().iter().filter(|snapshot| snapshot.is_active()).cloned().collect()
+    }
+
+    /// The snapshot of this name.
+    pub fn snapshot(&self, name: &str) -> Result<Arc<Snapshot<S>>, Error> {
+        self.snapshots()
+            .into_iter()
+            .find(|snapshot| snapshot.name == name)
+            .ok_or_else(|| Error::NoSuchSnapshot { disk: self.name.clone(), name: name.to_owned() })
+    }
+
+    pub(crate) fn chain(&self) -> MutexGuard<'_, Vec<Arc<Snapshot<S>>>> {
+        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Deletes a snapshot. One at a time with other administrative verbs of the disk.
+    ///
+    /// While an older snapshot needs what it holds it is only hidden, and goes with that one.
+    pub async fn delete_snapshot(&self, io: &S, name: &str) -> Result<(), Error> {
+        let snapshot = self.snapshot(name)?;
+        self.retire(io, &snapshot).await
+    }
+
+    /// Takes a snapshot from the users, then from the disk as soon as none older is held.
+    pub(crate) async fn retire(&self, io: &S, snapshot: &Snapshot<S>) -> Result<(), Error> {
+        // Readers look at the state after each read: told first, before anything stops preserving.
+        let before = snapshot.state();
+        snapshot.set_state(SnapshotState::Deleted);
+        if let Err(error) = snapshot.write_head(io).await {
+            snapshot.set_state(before);
+            return Err(error);
+        }
+        self.collect(io)
+    }
+
+    /// Removes deleted snapshots that have none older.
+    pub(crate) fn collect(&self, io: &S) -> Result<(), Error> {
+        let mut chain = self.chain();
+        let count = chain.iter().take_while(|snapshot| snapshot.state() == SnapshotState::Deleted).count();
+        if count == chain.len() {
+            self.newest.store(None);
+        }
+        for snapshot in chain.drain(..count) {
+            Snapshot::<S>::remove_files(io, &self.dir, snapshot.sequence)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that `len` bytes at `at` are on the disk.
+    fn check(&self, at: u64, len: u64) -> ByteRange {
+        let range = ByteRange::at(at, len);
+        match range.filter(|range| range.end() <= self.capacity) {
+            Some(range) => range,
+            None => panic!("{len} bytes at {at} pass the end of the disk at {}", self.capacity),
+        }
+    }
+}
+
+fn grains_of(range: ByteRange) -> std::ops::Range<u64> {
+    const SHIFT: u32 = GRAIN.trailing_zeros();
+    (range.start() >> SHIFT)..range.end().div_ceil(GRAIN as u64)
+}
+
+impl Key {
+    /// The page of the map that this key stands for.
+    fn to_map_page(self) -> PageIndex {
+        self.to_raw() & !Key::map_page(0).to_raw()
+    }
+}
+
+/// An error with its sources, on one line.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,474 @@
+//! What the engine writes to disk, byte for byte. FORMAT.md describes it for people.
+//!
+//! Invariant: bytes from disk are `Raw…` until their magic, version and checksum were checked;
+//! only then do they become the types that the rest of the engine uses. All numbers are
+//! little-endian; checksums are CRC-32C, salted by what the structure is.
+//! Absent: when things are written, and in which order; `open`, `group` and `preserve` own that.
+
+use cbt::{Epoch, Generation};
+use zerocopy::byteorder::little_endian::{I64, U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::index::{Key, Slot};
+use crate::tracker::Identity;
+
+/// Bytes of a header page, and of the unit in which headers are written.
+pub(crate) const PAGE: usize = 4096;
+/// Bytes of a grain, the unit of preserving, and of a store's slot.
+pub(crate) const GRAIN: usize = GRAIN_BYTES as usize;
+const GRAIN_BYTES: u32 = 4096;
+/// Version of everything here.
+const VERSION: u32 = 1;
+/// Longest image path that a superblock holds, in bytes; longer ones are kept by their end.
+const PATH_BYTES: usize = 1024;
+/// Longest snapshot name in bytes.
+pub(crate) const NAME_BYTES: usize = 128;
+/// Longest reason in bytes.
+const REASON_BYTES: usize = 512;
+
+const SUPERBLOCK_MAGIC: [u8; 8] = *b"EBBTSUP1";
+const SNAPSHOT_MAGIC: [u8; 8] = *b"EBBTSNP1";
+
+/// How a disk was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DiskState {
+    /// Closed in order: everything durable, the identity stamped.
+    Clean,
+    /// Being served, or left in a hurry.
+    Serving,
+    /// A new generation is being begun: the map is not to be trusted.
+    Resetting,
+}
+
+/// A disk's superblock: two copies in turn, the newest valid one counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Superblock {
+    pub(crate) sequence: u64,
+    pub(crate) disk: [u8; 16],
+    pub(crate) generation: Generation,
+    /// The boot of the host during which it was written.
+    pub(crate) boot: [u8; 16],
+    pub(crate) state: DiskState,
+    /// No mark was ever made in a later epoch than this.
+    pub(crate) epoch: Epoch,
+    /// Bytes of a block; zero if changes are not tracked.
+    pub(crate) block_bytes: u64,
+    pub(crate) capacity: u64,
+    pub(crate) identity: Identity,
+    pub(crate) path: String,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSuperblock {
+    magic: [u8; 8],
+    version: U32,
+    state: U32,
+    sequence: U64,
+    disk: [u8; 16],
+    generation: [u8; 16],
+    boot: [u8; 16],
+    epoch: U32,
+    path_len: U32,
+    block_bytes: U64,
+    capacity: U64,
+    device: U64,
+    inode: U64,
+    image_len: U64,
+    mtime_ns: I64,
+    path: [u8; PATH_BYTES],
+    checksum: U32,
+}
+
+const _: () = assert!(size_of::<RawSuperblock>() == 1156);
+
+/// Where a snapshot is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotState {
+    /// Its files exist; its instant may or may not have come.
+    Prepared,
+    /// Its instant has come for every disk of its group.
+    Active,
+    /// Deleted; kept only for what older snapshots need of it.
+    Deleted,
+}
+
+/// The head of a snapshot's index file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SnapshotHeader {
+    /// Counts the snapshots of a disk; orders the chain.
+    pub(crate) sequence: u32,
+    pub(crate) state: SnapshotState,
+    pub(crate) disk: [u8; 16],
+    /// Snapshots that were taken together share this.
+    pub(crate) group: [u8; 16],
+    pub(crate) generation: Generation,
+    /// The last epoch that the snapshot includes.
+    pub(crate) epoch: Epoch,
+    pub(crate) tracked: bool,
+    pub(crate) capacity: u64,
+    /// When it was taken, in nanoseconds since 1970.
+    pub(crate) created_ns: u64,
+    pub(crate) name: String,
+    /// Why it is broken, if it is.
+    pub(crate) broken: Option<String>,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSnapshotHeader {
+    magic: [u8; 8],
+    version: U32,
+    state: U32,
+    sequence: U32,
+    epoch: U32,
+    disk: [u8; 16],
+    group: [u8; 16],
+    generation: [u8; 16],
+    capacity: U64,
+    created_ns: U64,
+    grain_bytes: U32,
+    flags: U32,
+    name_len: U16,
+    reason_len: U16,
+    name: [u8; NAME_BYTES],
+    reason: [u8; REASON_BYTES],
+    checksum: U32,
+}
+
+const _: () = assert!(size_of::<RawSnapshotHeader>() == 744);
+
+const FLAG_TRACKED: u32 = 1;
+const FLAG_BROKEN: u32 = 2;
+
+/// One published key in an index file, after its head.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct RawRecord {
+    key: U64,
+    slot: U32,
+    checksum: U32,
+}
+
+/// Bytes of a record.
+pub(crate) const RECORD: usize = size_of::<RawRecord>();
+const _: () = assert!(RECORD == 16);
+
+/// The CRC-32C of `parts`, in order.
+fn checksum(parts: &[&[u8]]) -> U32 {
+    U32::new(parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part)))
+}
+
+/// The bytes of `raw` before its checksum, which is its last field.
+fn body<T: IntoBytes + Immutable>(raw: &T) -> &[u8] {
+    let bytes = raw.as_bytes();
+    &bytes[..bytes.len() - size_of::<U32>()]
+}
+
+fn page_of<T: IntoBytes + Immutable>(raw: &T) -> Box<[u8; PAGE]> {
+    let mut page = Box::new([0; PAGE]);
+    page[..size_of::<T>()].copy_from_slice(raw.as_bytes());
+    page
+}
+
+/// The longest end of `text` that fits `max` bytes and begins at a character.
+fn tail(text: &str, max: usize) -> &str {
+    let mut start = text.len().saturating_sub(max);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    &text[start..]
+}
+
+/// The longest beginning of `text` that fits `max` bytes and ends at a character.
+fn head(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+fn padded<const N: usize>(text: &str) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes[..text.len()].copy_from_slice(text.as_bytes());
+    bytes
+}
+
+/// A text of `len` bytes in a field, or `None` if it does not fit or is no UTF-8.
+fn text(field: &[u8], len: usize) -> Option<String> {
+    String::from_utf8(field.get(..len)?.to_vec()).ok()
+}
+
+impl Superblock {
+    /// As one page of its file.
+    pub(crate) fn to_page(&self) -> Box<[u8; PAGE]> {
+        let path = tail(&self.path, PATH_BYTES);
+        let mut raw = RawSuperblock {
+            magic: SUPERBLOCK_MAGIC,
+            version: U32::new(VERSION),
+            state: U32::new(match self.state {
+                DiskState::Clean => 1,
+                DiskState::Serving => 2,
+                DiskState::Resetting => 3,
+            }),
+            sequence: U64::new(self.sequence),
+            disk: self.disk,
+            generation: self.generation.to_bytes(),
+            boot: self.boot,
+            epoch: U32::new(self.epoch.get()),
+            path_len: U32::new(u32::try_from(path.len()).unwrap_or(0)),
+            block_bytes: U64::new(self.block_bytes),
+            capacity: U64::new(self.capacity),
+            device: U64::new(self.identity.device),
+            inode: U64::new(self.identity.inode),
+            image_len: U64::new(self.identity.len),
+            mtime_ns: I64::new(self.identity.mtime_ns),
+            path: padded(path),
+            checksum: U32::ZERO,
+        };
+        raw.checksum = checksum(&[&SUPERBLOCK_MAGIC, body(&raw)]);
+        page_of(&raw)
+    }
+
+    /// From a page of its file; `None` if it is not a whole and valid superblock.
+    pub(crate) fn from_page(page: &[u8]) -> Option<Self> {
+        let (raw, _) = RawSuperblock::read_from_prefix(page).ok()?;
+        if raw.magic != SUPERBLOCK_MAGIC
+            || raw.version.get() != VERSION
+            || raw.checksum != checksum(&[&SUPERBLOCK_MAGIC, body(&raw)])
+        {
+            return None;
+        }
+        Some(Self {
+            sequence: raw.sequence.get(),
+            disk: raw.disk,
+            generation: Generation::from_bytes(raw.generation),
+            boot: raw.boot,
+            state: match raw.state.get() {
+                1 => DiskState::Clean,
+                2 => DiskState::Serving,
+                3 => DiskState::Resetting,
+                _ => return None,
+            },
+            epoch: Epoch::new(raw.epoch.get()),
+            block_bytes: raw.block_bytes.get(),
+            capacity: raw.capacity.get(),
+            identity: Identity {
+                device: raw.device.get(),
+                inode: raw.inode.get(),
+                len: raw.image_len.get(),
+                mtime_ns: raw.mtime_ns.get(),
+            },
+            path: text(&raw.path, usize::try_from(raw.path_len.get()).ok()?)?,
+        })
+    }
+}
+
+impl SnapshotHeader {
+    /// As the first page of an index file.
+    pub(crate) fn to_page(&self) -> Box<[u8; PAGE]> {
+        let reason = head(self.broken.as_deref().unwrap_or_default(), REASON_BYTES);
+        let mut flags = 0;
+        if self.tracked {
+            flags |= FLAG_TRACKED;
+        }
+        if self.broken.is_some() {
+            flags |= FLAG_BROKEN;
+        }
+        let length = |text: &str| U16::new(u16::try_from(text.len()).unwrap_or(0));
+        let mut raw = RawSnapshotHeader {
+            magic: SNAPSHOT_MAGIC,
+            version: U32::new(VERSION),
+            state: U32::new(match self.state {
+                SnapshotState::Prepared => 1,
+                SnapshotState::Active => 2,
+                SnapshotState::Deleted => 3,
+            }),
+            sequence: U32::new(self.sequence),
+            epoch: U32::new(self.epoch.get()),
+            disk: self.disk,
+            group: self.group,
+            generation: self.generation.to_bytes(),
+            capacity: U64::new(self.capacity),
+            created_ns: U64::new(self.created_ns),
+            grain_bytes: U32::new(GRAIN_BYTES),
+            flags: U32::new(flags),
+            name_len: length(&self.name),
+            reason_len: length(reason),
+            name: padded(&self.name),
+            reason: padded(reason),
+            checksum: U32::ZERO,
+        };
+        raw.checksum = checksum(&[&SNAPSHOT_MAGIC, body(&raw)]);
+        page_of(&raw)
+    }
+
+    /// From the first page of an index file; `None` if it is not a whole and valid head.
+    pub(crate) fn from_page(page: &[u8]) -> Option<Self> {
+        let (raw, _) = RawSnapshotHeader::read_from_prefix(page).ok()?;
+        if raw.magic != SNAPSHOT_MAGIC
+            || raw.version.get() != VERSION
+            || raw.grain_bytes.get() != GRAIN_BYTES
+            || raw.checksum != checksum(&[&SNAPSHOT_MAGIC, body(&raw)])
+        {
+            return None;
+        }
+        let reason = text(&raw.reason, raw.reason_len.get().into())?;
+        Some(Self {
+            sequence: raw.sequence.get(),
+            state: match raw.state.get() {
+                1 => SnapshotState::Prepared,
+                2 => SnapshotState::Active,
+                3 => SnapshotState::Deleted,
+                _ => return None,
+            },
+            disk: raw.disk,
+            group: raw.group,
+            generation: Generation::from_bytes(raw.generation),
+            epoch: Epoch::new(raw.epoch.get()),
+            tracked: raw.flags.get() & FLAG_TRACKED != 0,
+            capacity: raw.capacity.get(),
+            created_ns: raw.created_ns.get(),
+            name: text(&raw.name, raw.name_len.get().into())?,
+            broken: (raw.flags.get() & FLAG_BROKEN != 0).then_some(reason),
+        })
+    }
+}
+
+impl RawRecord {
+    /// The record at `place` (0 for the first) of the index of snapshot `sequence`.
+    pub(crate) fn new(disk: &[u8; 16], sequence: u32, place: u64, key: Key, slot: Slot) -> Self {
+        let mut raw =
+            Self { key: U64::new(key.to_raw()), slot: U32::new(slot.to_raw()), checksum: U32::ZERO };
+        raw.checksum = raw.expected(disk, sequence, place);
+        raw
+    }
+
+    /// What it says, or `None` if it was never written, or not whole.
+    pub(crate) fn check(&self, disk: &[u8; 16], sequence: u32, place: u64) -> Option<(Key, Slot)> {
+        (self.checksum == self.expected(disk, sequence, place))
+            .then(|| (Key::from_raw(self.key.get()), Slot::from_raw(self.slot.get())))
+    }
+
+    /// Salted by the disk, the snapshot and the place, so that a record of another time or file,
+    /// or a hole, does not pass.
+    fn expected(&self, disk: &[u8; 16], sequence: u32, place: u64) -> U32 {
+        let salt = U32::new(sequence);
+        let place = U64::new(place);
+        checksum(&[b"record", disk, salt.as_bytes(), place.as_bytes(), body(self)])
+    }
+}
+
+/// The file of a disk's superblock.
+pub(crate) const SUPERBLOCK_FILE: &str = "superblock";
+/// The file of its change map, and of the words that must survive without being written.
+pub(crate) const MAP_FILE: &str = "map";
+
+/// The index file of the snapshot with this number.
+pub(crate) fn index_file(sequence: u32) -> String {
+    format!("{sequence:010}.index")
+}
+
+/// The store file of the snapshot with this number.
+pub(crate) fn store_file(sequence: u32) -> String {
+    format!("{sequence:010}.store")
+}
+
+/// The number of the snapshot that a file of the state directory belongs to.
+pub(crate) fn sequence_of(file: &str) -> Option<u32> {
+    let stem = file.strip_suffix(".index").or_else(|| file.strip_suffix(".store"))?;
+    if stem.len() != 10 || !stem.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    stem.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn superblock() -> Superblock {
+        Superblock {
+            sequence: 7,
+            disk: [1; 16],
+            generation: Generation::random(),
+            boot: [3; 16],
+            state: DiskState::Serving,
+            epoch: Epoch::new(9),
+            block_bytes: 65536,
+            capacity: 1 << 30,
+            identity: Identity { device: 1, inode: 2, len: 1 << 30, mtime_ns: -5 },
+            path: "/vm/ä.img".into(),
+        }
+    }
+
+    fn header() -> SnapshotHeader {
+        SnapshotHeader {
+            sequence: 3,
+            state: SnapshotState::Active,
+            disk: [1; 16],
+            group: [2; 16],
+            generation: Generation::random(),
+            epoch: Epoch::new(8),
+            tracked: true,
+            capacity: 1 << 30,
+            created_ns: 1,
+            name: "monday".into(),
+            broken: Some("the store is full".into()),
+        }
+    }
+
+    #[test]
+    fn structures_survive_their_pages() {
+        let (sup, snap) = (superblock(), header());
+        assert_eq!(Superblock::from_page(&sup.to_page()[..]), Some(sup));
+        assert_eq!(SnapshotHeader::from_page(&snap.to_page()[..]), Some(snap));
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed() {
+        let (sup, snap) = (superblock().to_page(), header().to_page());
+        for bit in 0..size_of::<RawSuperblock>() * 8 {
+            let mut page = sup.clone();
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Superblock::from_page(&page[..]), None, "bit {bit}");
+        }
+        for bit in 0..size_of::<RawSnapshotHeader>() * 8 {
+            let mut page = snap.clone();
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(SnapshotHeader::from_page(&page[..]), None, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_record_holds_only_at_its_place() {
+        let record = RawRecord::new(&[1; 16], 4, 77, Key::grain(5), Slot::At(6));
+        assert_eq!(record.check(&[1; 16], 4, 77), Some((Key::grain(5), Slot::At(6))));
+        assert_eq!(record.check(&[1; 16], 4, 78), None);
+        assert_eq!(record.check(&[1; 16], 5, 77), None);
+        assert_eq!(record.check(&[2; 16], 4, 77), None);
+        let hole = RawRecord { key: U64::ZERO, slot: U32::ZERO, checksum: U32::ZERO };
+        assert_eq!(hole.check(&[1; 16], 4, 0), None);
+    }
+
+    #[test]
+    fn long_paths_and_reasons_are_cut_at_characters() {
+        let mut long = superblock();
+        long.path = "ä".repeat(2000);
+        let read = Superblock::from_page(&long.to_page()[..]).map(|s| s.path.len());
+        assert_eq!(read, Some(PATH_BYTES));
+        let mut broken = header();
+        broken.broken = Some("x".to_owned() + &"ä".repeat(2000));
+        let read = SnapshotHeader::from_page(&broken.to_page()[..]).and_then(|h| h.broken);
+        assert_eq!(read.map(|r| r.len()), Some(REASON_BYTES - 1));
+    }
+
+    #[test]
+    fn file_names_tell_their_snapshot() {
+        assert_eq!(sequence_of(&index_file(42)), Some(42));
+        assert_eq!(sequence_of(&store_file(u32::MAX)), Some(u32::MAX));
+        assert_eq!(sequence_of("superblock"), None);
+        assert_eq!(sequence_of("+000000042.index"), None);
+    }
+}

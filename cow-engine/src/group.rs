@@ -1,0 +1,290 @@
+//! One instant for many disks: snapshots that are taken together, all or none.
+//!
+//! ```text
+//! make the files of every disk       (heads say "prepared"; slow, before the gates close)
+//! reserve the next epoch, durably    (no mark is ever made in an epoch that a crash forgets)
+//! close the gates, wait              (writes of all disks; reads pass)
+//! flip every disk                    (chain and epoch: stores to memory, cannot fail)
+//! open the gates
+//! flush the images                   (the answer waits for this, the guests do not)
+//! heads say "active"
+//! ```
+//!
+//! A stop before the first "active" leaves prepared snapshots that nobody was told of: they are dropped
+//! at the next start. A stop after it leaves a group of which one member is active, which proves that
+//! every disk was flipped: [`settle`] makes the others active too.
+
+use std::sync::Arc;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use cbt::{ChangeId, Epoch};
+
+use crate::disk::{Disk, with_sources};
+use crate::error::Error;
+use crate::format::{NAME_BYTES, SnapshotHeader, SnapshotState};
+use crate::snapshot::Snapshot;
+use crate::storage::Storage;
+
+/// The right to change which snapshots there are. One exists per set of disks, so that
+/// administrative verbs run one at a time while guests and readers go on.
+pub struct Admin {
+    _one: (),
+}
+
+impl Admin {
+    /// The one right; keep it behind a lock that administrative threads share.
+    #[allow(clippy::new_without_default, reason = "making one is a decision")]
+    pub fn new() -> Self {
+        Self { _one: () }
+    }
+}
+
+/// How long a gate may take to close before the creation is given up.
+pub const GATE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A snapshot that was taken, of one disk of the group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// The disk's name.
+    pub disk: String,
+    /// The instant.
+    pub change_id: ChangeId,
+}
+
+/// Takes a snapshot of all `disks` at one instant, all or none.
+///
+/// `created_ns` is the time of day in nanoseconds since 1970. Guests' writes wait for those in flight
+/// to end; reads do not wait.
+///
+/// # Errors
+/// [`Error::SnapshotExists`], [`Error::BadName`]; [`Error::GateTimeout`] if writes in flight did not end
+/// within `deadline`; those of the files. After an error none of the disks has the snapshot.
+pub async fn create<S: Storage>(
+    _admin: &mut Admin,
+    io: &S,
+    disks: &[Arc<Disk<S>>],
+    name: &str,
+    created_ns: u64,
+    deadline: Duration,
+) -> Result<Vec<Taken>, Error> {
+    check_name(name)?;
+    for disk in disks {
+        if disk.snapshot(name).is_ok() {
+            return Err(Error::SnapshotExists { disk: disk.name.clone(), name: name.to_owned() });
+        }
+    }
+    let group = uuid::Uuid::new_v4().into_bytes();
+    let mut prepared: Vec<Prepared<S>> = Vec::new();
+    for disk in disks {
+        match prepare(io, disk, name, group, created_ns).await {
+            Ok(one) => prepared.push(one),
+            Err(error) => {
+                abandon(io, &prepared);
+                return Err(error);
+            }
+        }
+    }
+    if let Err(error) = flip(io, &prepared, deadline).await {
+        abandon(io, &prepared);
+        return Err(error);
+    }
+    if let Err(error) = confirm(io, &prepared).await {
+        for one in &prepared {
+            if let Err(error) = one.disk.retire(io, &one.snapshot).await {
+                log::warn!("{}: cannot undo snapshot '{name}': {}", one.disk.name, with_sources(&error));
+            }
+        }
+        return Err(error);
+    }
+    Ok(prepared
+        .iter()
+        .map(|one| Taken { disk: one.disk.name.clone(), change_id: one.snapshot.change_id() })
+        .collect())
+}
+
+struct Prepared<S: Storage> {
+    disk: Arc<Disk<S>>,
+    snapshot: Arc<Snapshot<S>>,
+    next: Epoch,
+}
+
+/// Makes a snapshot's files and reserves the epoch after it. The guest does not notice.
+async fn prepare<S: Storage>(
+    io: &S,
+    disk: &Arc<Disk<S>>,
+    name: &str,
+    group: [u8; 16],
+    created_ns: u64,
+) -> Result<Prepared<S>, Error> {
+    let epoch = disk.history.epoch();
+    let next = epoch.next().ok_or_else(|| Error::EpochsExhausted { disk: disk.name.clone() })?;
+    let sequence = disk.next_sequence();
+    let header = SnapshotHeader {
+        sequence,
+        state: SnapshotState::Prepared,
+        disk: disk.id,
+        group,
+        generation: disk.history.generation,
+        epoch,
+        tracked: disk.tracker.is_some(),
+        capacity: disk.capacity,
+        created_ns,
+        name: name.to_owned(),
+        broken: None,
+    };
+    let made = async {
+        let snapshot = Snapshot::create(io, &disk.dir, header).await?;
+        disk.write_superblock(io, |superblock| superblock.epoch = superblock.epoch.max(next)).await?;
+        Ok(Arc::new(snapshot))
+    };
+    match made.await {
+        Ok(snapshot) => Ok(Prepared { disk: disk.clone(), snapshot, next }),
+        Err(error) => {
+            remove_files(io, disk, sequence);
+            Err(error)
+        }
+    }
+}
+
+/// The instant. Either every disk is flipped, or none and the gates are open again.
+async fn flip<S: Storage>(io: &S, prepared: &[Prepared<S>], deadline: Duration) -> Result<(), Error> {
+    let gates = Gates { prepared };
+    let mut closing: Vec<_> = prepared.iter().map(|one| (one, Box::pin(one.disk.gate.close()))).collect();
+    let mut timer = Box::pin(io.sleep(deadline));
+    let mut expired = false;
+    std::future::poll_fn(|cx| {
+        closing.retain_mut(|(_, gate)| gate.as_mut().poll(cx).is_pending());
+        if closing.is_empty() {
+            return std::task::Poll::Ready(());
+        }
+        expired = timer.as_mut().poll(cx).is_ready();
+        if expired { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+    if let Some((late, _)) = closing.first() {
+        return Err(Error::GateTimeout { disk: late.disk.name.clone(), seconds: deadline.as_secs() });
+    }
+    for one in prepared {
+        let mut chain = one.disk.chain();
+        if let Some(last) = chain.last() {
+            last.link(one.snapshot.clone());
+        }
+        chain.push(one.snapshot.clone());
+        one.disk.newest.store(Some(one.snapshot.clone()));
+        one.disk.history.begin(one.next);
+    }
+    drop(gates);
+    Ok(())
+}
+
+/// Opens all gates of a group when dropped, whatever happened.
+struct Gates<'a, S: Storage> {
+    prepared: &'a [Prepared<S>],
+}
+
+impl<S: Storage> Drop for Gates<'_, S> {
+    fn drop(&mut self) {
+        for one in self.prepared {
+            one.disk.gate.open();
+        }
+    }
+}
+
+/// Makes the instant hold over a stop: images flushed, then every head active.
+async fn confirm<S: Storage>(io: &S, prepared: &[Prepared<S>]) -> Result<(), Error> {
+    for one in prepared {
+        one.disk.flush(io).await?;
+    }
+    for one in prepared {
+        activate(io, &one.disk, &one.snapshot).await?;
+    }
+    Ok(())
+}
+
+async fn activate<S: Storage>(io: &S, disk: &Disk<S>, snapshot: &Snapshot<S>) -> Result<(), Error> {
+    snapshot.set_state(SnapshotState::Active);
+    let written = snapshot.write_head(io).await;
+    if let Err(error) = &written {
+        log::warn!("{}: cannot confirm snapshot '{}': {error}", disk.name, snapshot.name);
+        snapshot.set_state(SnapshotState::Prepared);
+    }
+    written
+}
+
+/// Removes what was prepared for an instant that did not come.
+fn abandon<S: Storage>(io: &S, prepared: &[Prepared<S>]) {
+    for one in prepared {
+        remove_files(io, &one.disk, one.snapshot.sequence);
+    }
+}
+
+fn remove_files<S: Storage>(io: &S, disk: &Disk<S>, sequence: u32) {
+    if let Err(error) = Snapshot::<S>::remove_files(io, &disk.dir, sequence) {
+        log::warn!("{}: {}", disk.name, with_sources(&error));
+    }
+}
+
+/// Decides on snapshots that a stop left prepared, once all disks are open and before they are served.
+///
+/// Answers the names of snapshots that were dropped, with their disks.
+pub async fn settle<S: Storage>(
+    _admin: &mut Admin,
+    io: &S,
+    disks: &[Arc<Disk<S>>],
+) -> Result<Vec<(String, String)>, Error> {
+    let all: Vec<_> = disks
+        .iter()
+        .flat_map(|disk| disk.chain().iter().map(|one| (disk.clone(), one.clone())).collect::<Vec<_>>())
+        .collect();
+    let active: Vec<[u8; 16]> = all
+        .iter()
+        .filter(|(_, one)| one.state() == SnapshotState::Active)
+        .map(|(_, one)| one.group)
+        .collect();
+    let mut dropped = Vec::new();
+    for (disk, snapshot) in all {
+        if snapshot.state() != SnapshotState::Prepared {
+            continue;
+        }
+        if active.contains(&snapshot.group) {
+            activate(io, &disk, &snapshot).await?;
+        } else {
+            disk.retire(io, &snapshot).await?;
+            dropped.push((disk.name.clone(), snapshot.name.clone()));
+        }
+    }
+    Ok(dropped)
+}
+
+fn check_name(name: &str) -> Result<(), Error> {
+    let fits = (1..=NAME_BYTES).contains(&name.len());
+    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if fits && plain {
+        Ok(())
+    } else {
+        Err(Error::BadName { name: name.chars().take(200).collect(), max: NAME_BYTES })
+    }
+}
+
+impl<S: Storage> Disk<S> {
+    /// A number for one more snapshot: later ones have higher numbers, also after a restart.
+    fn next_sequence(&self) -> u32 {
+        self.chain().last().map_or(0, |last| last.sequence).max(self.control.broken_up_to()) + 1
+    }
+
+    /// Changes the superblock and writes it durably.
+    pub(crate) async fn write_superblock(
+        &self,
+        io: &S,
+        change: impl FnOnce(&mut crate::format::Superblock),
+    ) -> Result<(), Error> {
+        let next = {
+            let mut held = self.superblock.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut held);
+            held.sequence += 1;
+            held.clone()
+        };
+        crate::open::write_superblock(io, &self.superblock_file, &next).await
+    }
+}

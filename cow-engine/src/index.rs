@@ -1,0 +1,228 @@
+//! Which old content a snapshot holds, and in which slot of its store: a map from key to slot.
+//!
+//! Invariant: an entry is published once and never changes or moves while the index lives, so
+//! readers take no lock at all; a reader that does not find a key that is being inserted is a
+//! reader that came before.
+//! Absent: removal. An index goes as a whole, with its snapshot.
+
+use std::hash::BuildHasher;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// What a snapshot can hold: a grain of the disk, or a page of its change map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Key(u64);
+
+impl Key {
+    const MAP_PAGE: u64 = 1 << 63;
+
+    /// The grain with this index.
+    pub(crate) fn grain(index: u64) -> Self {
+        debug_assert!(index < Self::MAP_PAGE);
+        Self(index)
+    }
+
+    /// The page of the change map with this index.
+    pub(crate) fn map_page(index: cbt::PageIndex) -> Self {
+        debug_assert!(index < Self::MAP_PAGE);
+        Self(index | Self::MAP_PAGE)
+    }
+
+    /// As records on disk hold it.
+    pub(crate) fn to_raw(self) -> u64 {
+        self.0
+    }
+
+    /// From a record on disk.
+    pub(crate) fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+}
+
+/// Where a key's old content is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Slot {
+    /// It was all zeros, which costs no space.
+    Zero,
+    /// The store's slot of this number.
+    At(u32),
+}
+
+impl Slot {
+    const ZERO: u32 = u32::MAX;
+
+    pub(crate) fn to_raw(self) -> u32 {
+        match self {
+            Self::Zero => Self::ZERO,
+            Self::At(slot) => slot,
+        }
+    }
+
+    pub(crate) fn from_raw(raw: u32) -> Self {
+        if raw == Self::ZERO { Self::Zero } else { Self::At(raw) }
+    }
+}
+
+const SHARDS: usize = 64;
+/// Entries of a shard's first table; each next one has twice as many.
+const FIRST: usize = 16;
+/// More tables than memory could hold.
+const TABLES: usize = 32;
+
+struct Entry {
+    /// The key plus one; zero while the entry is free.
+    key: AtomicU64,
+    slot: AtomicU32,
+}
+
+/// Part of the index: tables of doubling size, filled one after the other and never moved.
+struct Shard {
+    tables: [OnceLock<Box<[Entry]>>; TABLES],
+    /// Tables that exist.
+    count: AtomicUsize,
+    /// Entries in the last table. Held while inserting.
+    filled: Mutex<Filled>,
+}
+
+impl Shard {
+    fn empty() -> Self {
+        Self {
+            tables: [const { OnceLock::new() }; TABLES],
+            count: AtomicUsize::new(0),
+            filled: Mutex::default(),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Filled {
+    tables: usize,
+    in_last: usize,
+}
+
+/// From key to slot, for one snapshot.
+///
+/// Costs 16 bytes an entry, at most some 37 resident with the free room of the tables (filled to
+/// 7/8); nothing for what was not touched.
+pub(crate) struct Index {
+    shards: Box<[Shard]>,
+    hasher: std::hash::RandomState,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Self { shards: (0..SHARDS).map(|_| Shard::empty()).collect(), hasher: std::hash::RandomState::new() }
+    }
+}
+
+impl Index {
+    /// Where `key` is, or `None` if its content was not preserved (yet).
+    pub(crate) fn get(&self, key: Key) -> Option<Slot> {
+        let (shard, hash) = self.place(key);
+        // The last table holds half of all entries: begin there.
+        let tables = &shard.tables[..shard.count.load(Acquire)];
+        tables.iter().rev().filter_map(OnceLock::get).find_map(|table| find(table, key, hash))
+    }
+
+    /// Publishes `key`. What it stands for is in its slot already.
+    ///
+    /// The caller holds the key's claim, so that nobody else inserts it.
+    pub(crate) fn insert(&self, key: Key, slot: Slot) {
+        let (shard, hash) = self.place(key);
+        let mut filled = shard.filled.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = match filled.tables {
+            0 => true,
+            n => filled.in_last * 8 >= (FIRST << (n - 1)) * 7,
+        };
+        if full {
+            let size = FIRST << filled.tables;
+            let fresh =
+                (0..size).map(|_| Entry { key: AtomicU64::new(0), slot: AtomicU32::new(0) }).collect();
+            let set = shard.tables[filled.tables].set(fresh);
+            debug_assert!(set.is_ok(), "tables are added under the lock");
+            *filled = Filled { tables: filled.tables + 1, in_last: 0 };
+            shard.count.store(filled.tables, Release);
+        }
+        let Some(table) = shard.tables[filled.tables - 1].get() else {
+            unreachable!("the last table was added above or before")
+        };
+        for entry in probe(table, hash) {
+            if entry.key.load(Relaxed) == 0 {
+                entry.slot.store(slot.to_raw(), Relaxed);
+                // A reader that sees the key sees the slot, and what was written into it.
+                entry.key.store(key.0 + 1, Release);
+                filled.in_last += 1;
+                return;
+            }
+        }
+        unreachable!("a table that is not full has a free entry");
+    }
+
+    fn place(&self, key: Key) -> (&Shard, usize) {
+        let hash = self.hasher.hash_one(key.0);
+        #[allow(clippy::cast_possible_truncation, reason = "any bits of a hash will do")]
+        let hash = hash as usize;
+        (&self.shards[hash % SHARDS], hash / SHARDS)
+    }
+}
+
+fn probe(table: &[Entry], hash: usize) -> impl Iterator<Item = &Entry> {
+    let mask = table.len() - 1;
+    (0..table.len()).map(move |step| &table[(hash + step) & mask])
+}
+
+fn find(table: &[Entry], key: Key, hash: usize) -> Option<Slot> {
+    for entry in probe(table, hash) {
+        match entry.key.load(Acquire) {
+            0 => return None,
+            held if held == key.0 + 1 => return Some(Slot::from_raw(entry.slot.load(Relaxed))),
+            _ => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_inserted_is_found_and_nothing_else() {
+        let index = Index::default();
+        let keys = (0..5000u64).map(|n| if n % 3 == 0 { Key::map_page(n) } else { Key::grain(n * 7919) });
+        for (n, key) in keys.clone().enumerate() {
+            let slot = if n % 5 == 0 { Slot::Zero } else { Slot::At(u32::try_from(n).unwrap()) };
+            index.insert(key, slot);
+        }
+        for (n, key) in keys.enumerate() {
+            let slot = if n % 5 == 0 { Slot::Zero } else { Slot::At(u32::try_from(n).unwrap()) };
+            assert_eq!(index.get(key), Some(slot));
+        }
+        assert_eq!(index.get(Key::grain(1)), None);
+        assert_eq!(index.get(Key::map_page(1)), None);
+    }
+
+    #[test]
+    fn readers_find_what_another_thread_published() {
+        let index = Index::default();
+        let published = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 0..20_000 {
+                    index.insert(Key::grain(n), Slot::At(u32::try_from(n).unwrap()));
+                    published.store(n + 1, Release);
+                }
+            });
+            loop {
+                let upto = published.load(Acquire);
+                if let Some(last) = upto.checked_sub(1) {
+                    assert_eq!(index.get(Key::grain(last)), Some(Slot::At(u32::try_from(last).unwrap())));
+                }
+                if upto == 20_000 {
+                    break;
+                }
+            }
+        });
+    }
+}

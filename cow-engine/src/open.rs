@@ -1,0 +1,456 @@
+//! Opening a disk and closing it: what is believed of what was left, and why.
+//!
+//! Invariant: whatever cannot be proved complete ends the generation, with a reason; a map is never
+//! cleared under a generation that is still valid. Each step may be the last before a stop: the next
+//! opening comes to the same decision or finds the work done.
+//!
+//! | left as | image | the map | snapshots |
+//! |---|---|---|---|
+//! | clean | as stamped | as it is | kept |
+//! | clean | changed | new generation | dropped |
+//! | serving, same boot | same file and size | as it is (marks were made in the page cache) | kept |
+//! | serving, another boot | any | new generation | dropped |
+//! | resetting | any | new generation | by the rows above |
+//! | no valid superblock | any | new generation | dropped |
+
+use std::fmt;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwapOption;
+use cbt::{BlockGrid, Epoch, Generation};
+
+use crate::disk::{Disk, EventSink, with_sources};
+use crate::error::Error;
+use crate::format::{self, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
+use crate::gate::Gate;
+use crate::memory::{Source, Target};
+use crate::snapshot::Snapshot;
+use crate::storage::{Durability, Storage};
+use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
+
+/// What to open, and how.
+pub struct DiskOptions<S: Storage> {
+    /// The disk's name among the daemon's.
+    pub name: String,
+    /// The image, opened and locked.
+    pub image: S::File,
+    /// The image's absolute path, as people know it.
+    pub image_path: String,
+    /// What tells the image from others, now.
+    pub identity: Identity,
+    /// The directory of the disk's state, which exists and nobody else uses.
+    pub dir: S::Dir,
+    /// Blocks to track, or `None` to track nothing.
+    pub tracking: Option<BlockGrid>,
+    /// The host's boot (`/proc/sys/kernel/random/boot_id`).
+    pub boot: [u8; 16],
+    /// Who is told of what happens.
+    pub events: EventSink,
+}
+
+/// Why a new generation began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ResetReason {
+    /// There was no state: the disk is new here.
+    New,
+    /// The superblock, or the map, is not what it should be.
+    Damaged,
+    /// The host stopped without a clean end, so marks may be lost.
+    HostStopped,
+    /// The image is not as it was left.
+    ImageChanged,
+    /// Another block size was asked for, or tracking was switched on or off.
+    BlockSizeChanged,
+    /// An earlier beginning of a new generation was interrupted.
+    Interrupted,
+    /// The numbers of epochs were about to run out.
+    EpochsExhausted,
+}
+
+impl ResetReason {
+    /// A stable code for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Damaged => "damaged",
+            Self::HostStopped => "host-stopped",
+            Self::ImageChanged => "image-changed",
+            Self::BlockSizeChanged => "block-size-changed",
+            Self::Interrupted => "interrupted",
+            Self::EpochsExhausted => "epochs-exhausted",
+        }
+    }
+}
+
+impl fmt::Display for ResetReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "the disk is new here",
+            Self::Damaged => "the tracker's files are damaged",
+            Self::HostStopped => "the host stopped without a clean end, so marks may be lost",
+            Self::ImageChanged => "the image was changed or replaced while no daemon served it",
+            Self::BlockSizeChanged => "another block size was asked for",
+            Self::Interrupted => "an earlier reset was interrupted",
+            Self::EpochsExhausted => "the numbers of epochs were running out",
+        })
+    }
+}
+
+/// What opening a disk found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenReport {
+    /// Why a new generation began, if one did.
+    pub reset: Option<ResetReason>,
+    /// Names of snapshots that could not be kept, with the reason.
+    pub dropped: Vec<(String, String)>,
+    /// Names of snapshots that were kept.
+    pub kept: Vec<String>,
+    /// The last daemon did not close the disk.
+    pub unclean: bool,
+}
+
+/// What the superblock and the image say together.
+struct Verdict {
+    reset: Option<ResetReason>,
+    keep_snapshots: bool,
+}
+
+impl<S: Storage> Disk<S> {
+    /// Opens a disk: takes up its history where that can be proved, and begins a new one where not.
+    ///
+    /// Snapshots that a stop left half made are decided by [`crate::group::settle`] afterwards.
+    ///
+    /// # Errors
+    /// [`Error::ForeignState`] if the directory belongs to another image; those of the files.
+    pub async fn open(io: &S, options: DiskOptions<S>) -> Result<(Arc<Self>, OpenReport), Error> {
+        let fail = || Error::io("opening the state directory");
+        let names = io.list(&options.dir).map_err(fail())?;
+        let existed = names.iter().any(|name| name == SUPERBLOCK_FILE);
+        let (file, found) = open_superblock(io, &options, existed).await?;
+        if let Some(found) = &found {
+            check_owner(found, &options)?;
+        }
+        let cells = match options.tracking {
+            Some(grid) => Tracker::<S::Cells>::cells_needed(grid, options.identity.len),
+            None => CONTROL_CELLS,
+        };
+        let mut verdict = judge(found.as_ref(), existed, &options);
+        let map_file = match open_map::<S>(io, &options.dir, &names, cells, verdict.reset.is_some())? {
+            Some(file) => file,
+            None => {
+                verdict.reset.get_or_insert(ResetReason::Damaged);
+                make_map::<S>(io, &options.dir, cells)?
+            }
+        };
+        let mut report = OpenReport {
+            reset: verdict.reset.clone(),
+            unclean: found.as_ref().is_some_and(|found| found.state != DiskState::Clean),
+            ..OpenReport::default()
+        };
+        let mut next = next_superblock(found.as_ref(), &options, verdict.reset.is_some());
+        let mut chain = Vec::new();
+        if verdict.keep_snapshots {
+            chain = load_chain(io, &options.dir, &next.disk, &names, &mut report).await?;
+        } else {
+            let reason = report.reset.as_ref().map_or_else(String::new, ResetReason::to_string);
+            drop_snapshots(io, &options.dir, &next.disk, &names, &reason, &mut report).await?;
+        }
+        let mapped = Arc::new(io.map(&map_file, cells).map_err(Error::io("mapping the change map"))?);
+        let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, options.identity.len));
+        if verdict.reset.is_some() {
+            // The old generation ends durably before its map is cleared: a stop between the two must
+            // not leave a valid generation with an empty map.
+            next.state = DiskState::Resetting;
+            write_superblock(io, &file, &next).await?;
+            if let Some(tracker) = &tracker {
+                tracker.clear();
+            }
+            io.sync_cells(&mapped).map_err(Error::io("flushing the change map"))?;
+            next.sequence += 1;
+            next.state = DiskState::Serving;
+        }
+        write_superblock(io, &file, &next).await?;
+        io.sync_dir(&options.dir).map_err(fail())?;
+        let control = Control::new(mapped);
+        note_broken(&control, &chain, &options.name);
+        link(&chain);
+        report.kept.extend(chain.iter().filter(|one| one.is_active()).map(|one| one.name.clone()));
+        let disk = Arc::new(Self {
+            name: options.name,
+            id: next.disk,
+            image: options.image,
+            dir: options.dir,
+            capacity: options.identity.len,
+            gate: Gate::new(),
+            history: History::new(next.generation, next.epoch),
+            tracker,
+            control,
+            newest: ArcSwapOption::new(chain.last().cloned()),
+            snapshots: Mutex::new(chain),
+            superblock: Mutex::new(next),
+            superblock_file: file,
+            events: options.events,
+            poisoned: AtomicBool::new(false),
+        });
+        disk.collect(io)?;
+        Ok((disk, report))
+    }
+
+    /// Closes the disk for good: waits for changes in flight, makes everything durable, and stamps the
+    /// image's identity, so that the next opening can tell that nothing happened in between.
+    ///
+    /// `identity` is asked once everything is flushed. Changes that come later wait for ever.
+    pub async fn close(
+        &self,
+        io: &S,
+        identity: impl FnOnce() -> std::io::Result<Identity>,
+    ) -> Result<(), Error> {
+        self.gate.close().await;
+        // A failed flush leaves the disk unclean: what the image holds is not known.
+        self.flush(io).await?;
+        let snapshots: Vec<_> = self.chain().clone();
+        for snapshot in snapshots {
+            snapshot.sync(io).await?;
+        }
+        io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
+        io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
+        let identity = identity().map_err(Error::io("asking for the image's identity"))?;
+        self.write_superblock(io, |superblock| {
+            superblock.state = DiskState::Clean;
+            superblock.identity = identity;
+        })
+        .await
+    }
+}
+
+/// Opens or makes the superblock's file and reads the newest valid copy.
+async fn open_superblock<S: Storage>(
+    io: &S,
+    options: &DiskOptions<S>,
+    existed: bool,
+) -> Result<(S::File, Option<Superblock>), Error> {
+    let fail = || Error::io("opening the superblock");
+    if !existed {
+        return Ok((io.create(&options.dir, SUPERBLOCK_FILE).map_err(fail())?, None));
+    }
+    let file = io.open(&options.dir, SUPERBLOCK_FILE).map_err(fail())?;
+    let len = io.len(&file).map_err(fail())?;
+    let mut newest: Option<Superblock> = None;
+    for copy in 0..2 {
+        let at = copy * PAGE as u64;
+        if at + PAGE as u64 > len {
+            break;
+        }
+        let mut page = [0; PAGE];
+        io.read(&file, at, Target::of(&mut page)).await.map_err(fail())?;
+        if let Some(found) = Superblock::from_page(&page)
+            && newest.as_ref().is_none_or(|newest| newest.sequence < found.sequence)
+        {
+            newest = Some(found);
+        }
+    }
+    Ok((file, newest))
+}
+
+/// Writes a superblock over the older of the two copies, durably.
+pub(crate) async fn write_superblock<S: Storage>(
+    io: &S,
+    file: &S::File,
+    superblock: &Superblock,
+) -> Result<(), Error> {
+    let at = superblock.sequence % 2 * PAGE as u64;
+    let page = superblock.to_page();
+    let fail = || Error::io("writing the superblock");
+    io.write(file, at, Source::of(&page[..]), Durability::Cached).await.map_err(fail())?;
+    io.sync(file).await.map_err(fail())
+}
+
+/// Refuses the state of another image that is still around under its own name.
+fn check_owner<S: Storage>(found: &Superblock, options: &DiskOptions<S>) -> Result<(), Error> {
+    let same_file =
+        (found.identity.inode, found.identity.device) == (options.identity.inode, options.identity.device);
+    if found.path == options.image_path || same_file {
+        return Ok(());
+    }
+    Err(Error::ForeignState { owner: found.path.clone(), image: options.image_path.clone() })
+}
+
+fn judge<S: Storage>(found: Option<&Superblock>, existed: bool, options: &DiskOptions<S>) -> Verdict {
+    let Some(found) = found else {
+        let reason = if existed { ResetReason::Damaged } else { ResetReason::New };
+        return Verdict { reset: Some(reason), keep_snapshots: false };
+    };
+    let (then, now) = (&found.identity, &options.identity);
+    let same_file = then.inode == now.inode && then.len == now.len && found.capacity == now.len;
+    let proved = match found.state {
+        // Device numbers may change with a boot; within one, a file keeps its own.
+        DiskState::Clean => same_file && then.mtime_ns == now.mtime_ns,
+        DiskState::Serving | DiskState::Resetting => {
+            same_file && then.device == now.device && found.boot == options.boot
+        }
+    };
+    let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
+    let reset = if !proved {
+        let host = found.state != DiskState::Clean && found.boot != options.boot;
+        Some(if host { ResetReason::HostStopped } else { ResetReason::ImageChanged })
+    } else if found.state == DiskState::Resetting {
+        Some(ResetReason::Interrupted)
+    } else if found.block_bytes != block_bytes {
+        Some(ResetReason::BlockSizeChanged)
+    } else if found.epoch.get() > Epoch::LAST.get() - (1 << 20) {
+        Some(ResetReason::EpochsExhausted)
+    } else {
+        None
+    };
+    Verdict { reset, keep_snapshots: proved }
+}
+
+/// The superblock to serve under.
+fn next_superblock<S: Storage>(
+    found: Option<&Superblock>,
+    options: &DiskOptions<S>,
+    reset: bool,
+) -> Superblock {
+    let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
+    let (sequence, disk) = match found {
+        Some(found) => (found.sequence + 1, found.disk),
+        None => (1, uuid::Uuid::new_v4().into_bytes()),
+    };
+    let (generation, epoch) = match found {
+        Some(found) if !reset => (found.generation, found.epoch),
+        _ => (Generation::random(), Epoch::FIRST),
+    };
+    Superblock {
+        sequence,
+        disk,
+        generation,
+        boot: options.boot,
+        state: DiskState::Serving,
+        epoch,
+        block_bytes,
+        capacity: options.identity.len,
+        identity: options.identity,
+        path: options.image_path.clone(),
+    }
+}
+
+/// Opens the map's file. `None` if there is none of the right length, which only a new generation may
+/// mend.
+fn open_map<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    names: &[String],
+    cells: usize,
+    reset: bool,
+) -> Result<Option<S::File>, Error> {
+    let fail = || Error::io("opening the change map");
+    if !names.iter().any(|name| name == MAP_FILE) {
+        return Ok(None);
+    }
+    let file = io.open(dir, MAP_FILE).map_err(fail())?;
+    if io.len(&file).map_err(fail())? == bytes_of(cells) {
+        return Ok(Some(file));
+    }
+    if !reset {
+        log::warn!("the change map has the wrong length");
+    }
+    io.remove(dir, MAP_FILE).map_err(fail())?;
+    Ok(None)
+}
+
+fn make_map<S: Storage>(io: &S, dir: &S::Dir, cells: usize) -> Result<S::File, Error> {
+    let fail = || Error::io("making the change map");
+    let file = io.create(dir, MAP_FILE).map_err(fail())?;
+    // Allocated to its end: a store into a hole of a full file system would end the process.
+    if let Err(error) = io.allocate(&file, bytes_of(cells)) {
+        let _ = io.remove(dir, MAP_FILE);
+        return Err(fail()(error));
+    }
+    Ok(file)
+}
+
+fn bytes_of(cells: usize) -> u64 {
+    cells as u64 * size_of::<u32>() as u64
+}
+
+/// Reads the snapshots of a disk whose image is as they left it, oldest first.
+async fn load_chain<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    disk: &[u8; 16],
+    names: &[String],
+    report: &mut OpenReport,
+) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
+    let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
+    for sequence in sequences(names) {
+        let index = format::index_file(sequence);
+        let loaded = if names.contains(&index) {
+            Snapshot::load(io, dir, disk, sequence).await
+        } else {
+            // What a deletion left, or a creation that did not come to the index.
+            Ok(None)
+        };
+        match loaded {
+            Ok(Some(snapshot)) => chain.push(Arc::new(snapshot)),
+            Ok(None) => Snapshot::<S>::remove_files(io, dir, sequence)?,
+            Err(error) => {
+                // Older ones may need what it held: they are broken with it.
+                let reason = with_sources(&error);
+                log::warn!("snapshot number {sequence} cannot be read: {reason}");
+                for older in &chain {
+                    older.set_broken(&format!("a newer snapshot is damaged: {reason}"));
+                    older.write_head(io).await?;
+                }
+                report.dropped.push((format!("number {sequence}"), reason));
+                Snapshot::<S>::remove_files(io, dir, sequence)?;
+            }
+        }
+    }
+    Ok(chain)
+}
+
+/// Removes the snapshots of a disk whose image may not be as they left it.
+async fn drop_snapshots<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    disk: &[u8; 16],
+    names: &[String],
+    reason: &str,
+    report: &mut OpenReport,
+) -> Result<(), Error> {
+    for sequence in sequences(names) {
+        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence).await
+            && snapshot.state() == SnapshotState::Active
+        {
+            report.dropped.push((snapshot.name.clone(), reason.to_owned()));
+        }
+        Snapshot::<S>::remove_files(io, dir, sequence)?;
+    }
+    Ok(())
+}
+
+/// The numbers of snapshots that have files, ascending.
+fn sequences(names: &[String]) -> Vec<u32> {
+    let mut all: Vec<u32> = names.iter().filter_map(|name| format::sequence_of(name)).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// Takes over breaks that were noted without their heads being written.
+fn note_broken<S: Storage>(control: &Control<S::Cells>, chain: &[Arc<Snapshot<S>>], disk: &str) {
+    let upto = control.broken_up_to();
+    for snapshot in chain.iter().filter(|one| one.sequence <= upto) {
+        if snapshot.set_broken("it broke before the daemon was restarted") {
+            log::warn!("{disk}: snapshot '{}' broke before the daemon was restarted", snapshot.name);
+        }
+    }
+}
+
+fn link<S: Storage>(chain: &[Arc<Snapshot<S>>]) {
+    for pair in chain.windows(2) {
+        pair[0].link(pair[1].clone());
+    }
+}

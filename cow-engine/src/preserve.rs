@@ -1,0 +1,53 @@
+//! Copy-before-write: keeps old content for the snapshots before it is overwritten.
+//!
+//! Invariant: look-up, copy and publication of a key happen under its one claim.
+//! Absent: the choice of *whether* to preserve. [`crate::Disk`] decides, this module does.
+
+use std::ops::Range;
+
+use crate::error::Error;
+use crate::format::GRAIN;
+use crate::index::Key;
+use crate::snapshot::{Snapshot, grain_buffer};
+use crate::storage::Storage;
+
+/// Keys that are copied together at most: 1 MiB of grains, which bounds the memory of a request.
+const MAX_RUN: u64 = (1 << 20) / GRAIN as u64;
+
+/// Preserves what `snapshot` does not have of `keys`; `old` fills a buffer with their content.
+///
+/// Waits for others who preserve the same keys, never while holding a claim. Answers when every key
+/// is published, or the snapshot is broken, which makes it moot.
+pub(crate) async fn preserve<S: Storage>(
+    io: &S,
+    snapshot: &Snapshot<S>,
+    keys: Range<Key>,
+    old: impl AsyncFn(Range<Key>, &mut [u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (mut at, end) = (keys.start.to_raw(), keys.end.to_raw());
+    while let Some(run) = missing(snapshot, at..end) {
+        let claim = snapshot.claims.claim(run).await;
+        at = claim.run().end;
+        let mut within = claim.run();
+        // Someone may have preserved part of it while we waited.
+        while let Some(run) = missing(snapshot, within.clone()) {
+            if snapshot.broken().is_some() {
+                return Ok(());
+            }
+            within.start = run.end;
+            let mut buffer = grain_buffer(run.end - run.start);
+            let first = Key::from_raw(run.start);
+            old(first..Key::from_raw(run.end), &mut buffer).await?;
+            snapshot.append(io, first, &buffer).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The first run of `keys` that the snapshot does not have, at most [`MAX_RUN`] long.
+fn missing<S: Storage>(snapshot: &Snapshot<S>, mut keys: Range<u64>) -> Option<Range<u64>> {
+    let start = keys.find(|&key| !snapshot.has(Key::from_raw(key)))?;
+    let limit = keys.end.min(start + MAX_RUN);
+    let end = (start + 1..limit).find(|&key| snapshot.has(Key::from_raw(key))).unwrap_or(limit);
+    Some(start..end)
+}

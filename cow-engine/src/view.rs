@@ -1,0 +1,274 @@
+//! Reading a snapshot: its content, its changes, and where it has data.
+//!
+//! Invariant: nothing is answered that was not so at the snapshot's instant. Whatever was found on
+//! the live disk is looked up again afterwards: publication always precedes the overwrite, so what
+//! is still in no store was not overwritten while it was read.
+//! Readers take no lock that a guest's write waits for.
+
+use std::sync::Arc;
+
+use cbt::{BlockGrid, ByteRange, Changes, Epoch, PAGE_BYTES};
+
+use crate::disk::Disk;
+use crate::error::Error;
+use crate::format::{GRAIN, SnapshotState};
+use crate::index::{Key, Slot};
+use crate::memory::Target;
+use crate::snapshot::{Located, Snapshot};
+use crate::storage::{Extent, Storage};
+
+/// The readable image of a snapshot.
+pub struct View<S: Storage> {
+    disk: Arc<Disk<S>>,
+    snapshot: Arc<Snapshot<S>>,
+}
+
+impl<S: Storage> Clone for View<S> {
+    fn clone(&self) -> Self {
+        Self { disk: self.disk.clone(), snapshot: self.snapshot.clone() }
+    }
+}
+
+impl<S: Storage> View<S> {
+    /// A view of `snapshot`, which is one of `disk`'s.
+    pub fn new(disk: Arc<Disk<S>>, snapshot: Arc<Snapshot<S>>) -> Self {
+        Self { disk, snapshot }
+    }
+
+    /// The snapshot.
+    pub fn snapshot(&self) -> &Arc<Snapshot<S>> {
+        &self.snapshot
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk<S>> {
+        &self.disk
+    }
+
+    /// Size in bytes: the disk's at the instant.
+    pub fn capacity(&self) -> u64 {
+        self.snapshot.capacity
+    }
+
+    /// Fills `out` with the bytes from `at` on, as they were at the snapshot's instant.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotBroken`] or [`Error::SnapshotDeleted`], also if it happens meanwhile; `out` is
+    /// then to be thrown away.
+    ///
+    /// # Panics
+    /// If the range passes the end of the view.
+    pub async fn read(&self, io: &S, at: u64, out: &mut [u8]) -> Result<(), Error> {
+        let end = at + out.len() as u64;
+        assert!(end <= self.capacity(), "a view is read within its size");
+        self.check()?;
+        let mut from = at;
+        while from < end {
+            let (found, to) = self.run(from, end)?;
+            let part = &mut out[index(from - at)..index(to - at)];
+            match found {
+                Found::Zero => part.fill(0),
+                Found::Slots(holder, slot) => read_slots(io, holder, slot, from, part).await?,
+                Found::Live => self.read_live(io, from, part).await?,
+            }
+            from = to;
+        }
+        self.check()
+    }
+
+    /// Reads from the live disk, then puts in place of it what was preserved meanwhile.
+    async fn read_live(&self, io: &S, at: u64, out: &mut [u8]) -> Result<(), Error> {
+        let read = io.read(&self.disk.image, at, Target::of(out)).await;
+        read.map_err(Error::io("reading the image for a snapshot"))?;
+        let end = at + out.len() as u64;
+        let mut from = at;
+        while from < end {
+            let (found, to) = self.run(from, end)?;
+            let part = &mut out[index(from - at)..index(to - at)];
+            match found {
+                Found::Zero => part.fill(0),
+                Found::Slots(holder, slot) => read_slots(io, holder, slot, from, part).await?,
+                Found::Live => {}
+            }
+            from = to;
+        }
+        Ok(())
+    }
+
+    /// Where the bytes from `from` on are, and how far that goes, at most to `end`.
+    fn run(&self, from: u64, end: u64) -> Result<(Found<'_, S>, u64), Error> {
+        let first = from / GRAIN as u64;
+        let found = self.find(first)?;
+        let mut grain = first + 1;
+        while grain * (GRAIN as u64) < end {
+            let goes_on = match (&found, self.find(grain)?) {
+                (Found::Zero, Found::Zero) | (Found::Live, Found::Live) => true,
+                (Found::Slots(a, slot), Found::Slots(b, next)) => {
+                    std::ptr::eq(*a, b) && u64::from(next) == u64::from(*slot) + (grain - first)
+                }
+                _ => false,
+            };
+            if !goes_on {
+                break;
+            }
+            grain += 1;
+        }
+        Ok((found, end.min(grain * GRAIN as u64)))
+    }
+
+    fn find(&self, grain: u64) -> Result<Found<'_, S>, Error> {
+        Ok(match self.snapshot.locate(Key::grain(grain))? {
+            Located::In(_, Slot::Zero) => Found::Zero,
+            Located::In(holder, Slot::At(slot)) => Found::Slots(holder, slot),
+            Located::Live => Found::Live,
+        })
+    }
+
+    /// Data and zeros of a range, in order, without gaps: `hole` for what reads as zeros without
+    /// being stored. May say data where there are zeros, never the other way round.
+    pub fn extents(&self, io: &S, range: ByteRange) -> Result<Vec<Extent>, Error> {
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut add = |range: ByteRange, hole: bool| match extents.last_mut() {
+            Some(last) if last.hole == hole => last.range = ByteRange::new(last.range.start(), range.end()),
+            _ => extents.push(Extent { range, hole }),
+        };
+        self.check()?;
+        let mut from = range.start();
+        while from < range.end() {
+            let (found, to) = self.run(from, range.end())?;
+            let here = ByteRange::new(from, to);
+            match found {
+                Found::Zero => add(here, true),
+                Found::Slots(..) => add(here, false),
+                Found::Live => {
+                    let fail = Error::io("asking the image for its holes");
+                    for live in io.extents(&self.disk.image, here).map_err(fail)? {
+                        let mut at = live.range.start();
+                        while at < live.range.end() {
+                            // A hole counts only if nothing was preserved from it meanwhile.
+                            let (found, to) = self.run(at, live.range.end())?;
+                            let hole = match found {
+                                Found::Zero => true,
+                                Found::Slots(..) => false,
+                                Found::Live => live.hole,
+                            };
+                            add(ByteRange::new(at, to), hole);
+                            at = to;
+                        }
+                    }
+                }
+            }
+            from = to;
+        }
+        self.check()?;
+        Ok(extents)
+    }
+
+    /// The ranges within `range` that changed after epoch `since` up to the snapshot's instant, in
+    /// order and apart from each other, rounded out to whole blocks (cut at `range`).
+    ///
+    /// Stops after `limit` ranges; what follows the last one is then unknown.
+    pub async fn changes(
+        &self,
+        io: &S,
+        since: Epoch,
+        range: ByteRange,
+        limit: usize,
+    ) -> Result<Vec<ByteRange>, Error> {
+        let tracker = self.tracked()?;
+        self.check()?;
+        let mut found: Vec<ByteRange> = Vec::new();
+        let mut keep = |changed: ByteRange| {
+            let part = changed.intersect(range);
+            if !part.is_empty() && found.len() <= limit {
+                found.push(part);
+            }
+            found.len()
+        };
+        let mut changes = Changes::new(tracker.grid(), self.capacity(), since);
+        let mut cells = Box::new([0; PAGE_BYTES]);
+        let mut full = false;
+        for page in tracker.pages_of(range) {
+            self.read_map_page(io, page, &mut cells).await?;
+            changes.page(page, &cells, |changed| full |= keep(changed) >= limit);
+            if full {
+                break;
+            }
+        }
+        if !full {
+            changes.finish(|changed| {
+                keep(changed);
+            });
+        }
+        self.check()?;
+        found.truncate(limit);
+        Ok(found)
+    }
+
+    /// The grid in which changes are told.
+    pub fn block_grid(&self) -> Result<BlockGrid, Error> {
+        Ok(self.tracked()?.grid())
+    }
+
+    /// A page of the change map as it was at the instant: frozen, or live and not marked since.
+    async fn read_map_page(&self, io: &S, page: u64, cells: &mut [u8; PAGE_BYTES]) -> Result<(), Error> {
+        let key = Key::map_page(page);
+        if let Located::Live = self.snapshot.locate(key)? {
+            self.tracked()?.copy_page(page, cells);
+        }
+        // A page is published before it is marked, so a copy that is torn or late is found out here.
+        match self.snapshot.locate(key)? {
+            Located::Live => Ok(()),
+            Located::In(_, Slot::Zero) => {
+                cells.fill(0);
+                Ok(())
+            }
+            Located::In(holder, Slot::At(slot)) => {
+                holder.read_bytes(io, u64::from(slot) * GRAIN as u64, cells).await
+            }
+        }
+    }
+
+    /// The tracker, if it knows this snapshot's history.
+    fn tracked(&self) -> Result<&crate::tracker::Tracker<S::Cells>, Error> {
+        let same = self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation;
+        match &self.disk.tracker {
+            Some(tracker) if same => Ok(tracker),
+            _ => Err(Error::NotTracked { disk: self.disk.name.clone() }),
+        }
+    }
+
+    /// Whether the snapshot may still be read.
+    fn check(&self) -> Result<(), Error> {
+        let name = || self.snapshot.name.clone();
+        if let Some(reason) = self.snapshot.broken() {
+            return Err(Error::SnapshotBroken { name: name(), reason: reason.to_owned() });
+        }
+        match self.snapshot.state() {
+            SnapshotState::Deleted => Err(Error::SnapshotDeleted { name: name() }),
+            SnapshotState::Active | SnapshotState::Prepared => Ok(()),
+        }
+    }
+}
+
+/// Where a run of bytes is.
+enum Found<'a, S: Storage> {
+    Zero,
+    Slots(&'a Snapshot<S>, u32),
+    Live,
+}
+
+/// Reads bytes from `at` on, whose grains are in slots from `slot` on.
+async fn read_slots<S: Storage>(
+    io: &S,
+    holder: &Snapshot<S>,
+    slot: u32,
+    at: u64,
+    out: &mut [u8],
+) -> Result<(), Error> {
+    holder.read_bytes(io, u64::from(slot) * GRAIN as u64 + at % GRAIN as u64, out).await
+}
+
+fn index(n: u64) -> usize {
+    usize::try_from(n).expect("a part of a buffer in memory")
+}
