@@ -1,1 +1,22 @@
-//! Placeholder.
+//! What the suites and the benchmarks share: servers as child processes, two clients, a baseline.
+//!
+//! - [`load`]: a load generator on the third-party `blkio` crate; its program is `load`.
+//! - [`vhost_client`]: our own vhost-user front end, which can also say what no driver would say.
+//! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
+//! - [`server`]: starts the programs under test, bounds their lives, reads what they use.
+//!
+//! Always: no process outlives the one that started it, and nothing waits without a deadline.
+//! Unsafe code lives in [`raw`] and, for its io_uring, in [`baseline`].
+
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+pub mod baseline;
+pub mod histogram;
+pub mod load;
+pub mod random;
+#[allow(unsafe_code)]
+pub mod raw;
+pub mod server;
+pub mod vhost_client;
+pub mod virtio;

@@ -1,0 +1,273 @@
+//! The servers that are compared, how each is started, and one measurement of one of them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum;
+use ebbtide_tests::load::Outcome;
+use ebbtide_tests::raw::ended_children_cpu_ns;
+use ebbtide_tests::server::{self, Server, output_of};
+use tempfile::TempDir;
+
+use crate::machine::Medium;
+use crate::{Options, Row, limit, write_image};
+
+/// The client's CPU, and the one of whoever does the I/O.
+const CLIENT_CPU: usize = 0;
+const SERVER_CPU: usize = 1;
+
+/// Who is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Contender {
+    /// fio on the file itself: the limit
+    Fio,
+    /// qemu-storage-daemon, aio=io_uring
+    Qsd,
+    /// The framework vhost-user-backend: io_uring on the disk, system calls in memory
+    Baseline,
+    /// Ebbtide
+    Ebbtide,
+    /// Ebbtide without change tracking
+    Untracked,
+}
+
+impl Contender {
+    pub(crate) const ALL: [Self; 5] = [Self::Fio, Self::Qsd, Self::Baseline, Self::Ebbtide, Self::Untracked];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Fio => "fio",
+            Self::Qsd => "qsd",
+            Self::Baseline => "baseline",
+            Self::Ebbtide => "ebbtide",
+            Self::Untracked => "untracked",
+        }
+    }
+}
+
+/// What all measurements share: the files and the programs.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    options: Options,
+    myself: PathBuf,
+    ebbtide: Option<PathBuf>,
+    disk: TempDir,
+    memory: TempDir,
+    /// Sockets and logs; short, since a socket's path may not be long.
+    run: TempDir,
+}
+
+impl Bench {
+    pub(crate) fn prepare(options: &Options) -> Result<Self> {
+        let ebbtide = if !options.wants(Contender::Ebbtide) && !options.wants(Contender::Untracked) {
+            None
+        } else if let Some(path) = &options.ebbtide {
+            Some(path.canonicalize().with_context(|| format!("no {}", path.display()))?)
+        } else {
+            Some(server::ebbtide()?.to_owned())
+        };
+        let dir = crate::machine::disk_dir(options)?;
+        let within = |path: &Path| {
+            tempfile::Builder::new()
+                .prefix("ebbtide-bench-")
+                .tempdir_in(path)
+                .with_context(|| format!("cannot write to {}", path.display()))
+        };
+        let bench = Self {
+            options: options.clone(),
+            myself: std::env::current_exe()?,
+            ebbtide,
+            disk: within(&dir)?,
+            memory: within(&options.shm)?,
+            run: within(&std::env::temp_dir())?,
+        };
+        for medium in [Medium::Disk, Medium::Shm] {
+            eprintln!("writing and reading {}", bench.image(medium).display());
+            write_image(&bench.image(medium), options.size_bytes())?;
+        }
+        Ok(bench)
+    }
+
+    pub(crate) fn image(&self, medium: Medium) -> PathBuf {
+        self.dir(medium).join("image.raw")
+    }
+
+    /// A directory on `medium`, removed at the end.
+    pub(crate) fn dir(&self, medium: Medium) -> &Path {
+        match medium {
+            Medium::Disk => self.disk.path(),
+            Medium::Shm => self.memory.path(),
+        }
+    }
+
+    fn run(&self, name: &str) -> PathBuf {
+        self.run.path().join(name)
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run("vda.sock")
+    }
+
+    /// One line for each program in the comparison.
+    pub(crate) fn versions(&self) -> Vec<String> {
+        let version = |program: &Path| {
+            let mut command = Command::new(program);
+            command.arg("--version");
+            output_of(command, &[], Duration::from_secs(20))
+                .map(|text| text.lines().next().unwrap_or_default().to_owned())
+                .unwrap_or_else(|error| format!("{}: {error:#}", program.display()))
+        };
+        let mut all = Vec::new();
+        if self.options.wants(Contender::Fio) {
+            all.push(version("fio".as_ref()));
+        }
+        if self.options.wants(Contender::Qsd) {
+            all.push(version("qemu-storage-daemon".as_ref()));
+        }
+        all.extend(self.ebbtide.as_deref().map(version));
+        all
+    }
+
+    pub(crate) fn measure(&self, row: &Row, contender: Contender) -> Result<Outcome> {
+        if contender == Contender::Fio {
+            return self.fio(row);
+        }
+        let server = self.start(contender, &self.image(row.medium), row.medium)?;
+        let outcome = self.load(&server, |load| {
+            load.args(["--mix", row.mix, "--pattern"])
+                .arg(if row.random { "random" } else { "sequential" })
+                .args(["--block-size", &row.block_size.to_string()])
+                .args(["--depth", &row.depth.to_string()])
+                .args(["--seconds", &self.options.seconds().to_string()]);
+        })?;
+        server.stop()?;
+        Ok(outcome)
+    }
+
+    /// Starts a server for `image` on its CPU.
+    pub(crate) fn start(&self, contender: Contender, image: &Path, medium: Medium) -> Result<Server> {
+        let socket = self.socket();
+        let control = self.run("control.sock");
+        for path in [&socket, &control, &self.run("nbd.sock")] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
+        let (image, at) = (text(image)?, text(&socket)?);
+        let mut sockets = vec![socket.as_path()];
+        let mut command;
+        match contender {
+            Contender::Fio => bail!("fio is no server"),
+            Contender::Qsd => {
+                command = Command::new("qemu-storage-daemon");
+                let direct = if medium == Medium::Disk { "on" } else { "off" };
+                command
+                    .arg("--blockdev")
+                    .arg(format!(
+                        "driver=file,node-name=file0,filename={image},aio=io_uring,\
+                         cache.direct={direct}"
+                    ))
+                    .args(["--blockdev", "driver=raw,node-name=disk0,file=file0"])
+                    .arg("--export")
+                    .arg(format!(
+                        "type=vhost-user-blk,id=vda,node-name=disk0,addr.type=unix,\
+                         addr.path={at},writable=on,num-queues=1"
+                    ));
+            }
+            Contender::Baseline => {
+                command = Command::new(&self.myself);
+                command.args(["baseline", "--path", image, "--socket", at]);
+                if medium == Medium::Disk {
+                    command.args(["--direct", "--engine", "uring"]);
+                } else {
+                    command.args(["--engine", "sync"]);
+                }
+            }
+            Contender::Ebbtide | Contender::Untracked => {
+                command = Command::new(self.ebbtide.as_ref().context("no ebbtide")?);
+                let tracking = if contender == Contender::Untracked { ",tracking=off" } else { "" };
+                command
+                    .args(["serve", "--disk"])
+                    .arg(format!("name=vda,path={image},socket={at},queues=1{tracking}"))
+                    .arg("--control")
+                    .arg(&control)
+                    .arg("--nbd")
+                    .arg(self.run("nbd.sock"));
+                sockets.push(&control);
+            }
+        }
+        Server::start(command, &self.run("server.log"), &[SERVER_CPU], &sockets)
+    }
+
+    /// Runs the load client on its CPU against the server that was started last.
+    pub(crate) fn load(&self, server: &Server, arguments: impl FnOnce(&mut Command)) -> Result<Outcome> {
+        let mut command = Command::new(&self.myself);
+        command.arg("load").arg("--socket").arg(self.socket());
+        command.args(["--server-pid", &server.pid().to_string()]);
+        if self.options.poll {
+            command.arg("--poll");
+        }
+        arguments(&mut command);
+        let printed = output_of(command, &[CLIENT_CPU], limit(self.options.seconds()))
+            .with_context(|| format!("server said: {}", server.output().trim()))?;
+        let outcome: Outcome = serde_json::from_str(printed.trim())?;
+        ensure!(outcome.errors == 0, "{} requests failed: {}", outcome.errors, server.output());
+        ensure!(outcome.requests > 0, "no request was completed");
+        Ok(outcome)
+    }
+
+    /// Runs `ebbtide ARGUMENTS` against the daemon that was started last.
+    pub(crate) fn ask_ebbtide(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(self.ebbtide.as_ref().context("no ebbtide")?);
+        command.args(arguments).arg("--control").arg(self.run("control.sock"));
+        output_of(command, &[CLIENT_CPU], Duration::from_secs(60))
+    }
+
+    fn fio(&self, row: &Row) -> Result<Outcome> {
+        let order = if row.random { "rand" } else { "" };
+        let mut command = Command::new("fio");
+        command
+            .args(["--name=limit", "--ioengine=io_uring", "--output-format=json", "--time_based"])
+            .args(["--norandommap", "--randrepeat=0", "--invalidate=0"])
+            .arg(format!("--filename={}", text(&self.image(row.medium))?))
+            .arg(format!("--direct={}", u8::from(row.medium == Medium::Disk)))
+            .arg(format!("--rw={order}{}", row.mix))
+            .arg(format!("--bs={}", row.block_size))
+            .arg(format!("--iodepth={}", row.depth))
+            .arg(format!("--runtime={}ms", Duration::from_secs_f64(self.options.seconds()).as_millis()));
+        // fio's own figure leaves out io_uring's workers, which do most of the work in memory.
+        let cpu_before = ended_children_cpu_ns();
+        let printed = output_of(command, &[SERVER_CPU], limit(self.options.seconds()))?;
+        let cpu_ns = ended_children_cpu_ns() - cpu_before;
+        // Notes may come before the object.
+        let begin = printed.find('{').context("fio printed no JSON")?;
+        let json: serde_json::Value = serde_json::from_str(&printed[begin..])?;
+        let job = &json["jobs"][0];
+        let part = &job[row.mix];
+        let number = |value: &serde_json::Value| value.as_f64().unwrap_or_default();
+        let percentile = |which: &str| number(&part["clat_ns"]["percentile"][which]) / 1000.0;
+        let iops = number(&part["iops"]);
+        ensure!(iops > 0.0, "fio did nothing: {printed}");
+        let requests = part["total_ios"].as_u64().unwrap_or_default().max(1);
+        Ok(Outcome {
+            requests,
+            seconds: number(&part["runtime"]) / 1000.0,
+            iops,
+            p50_us: percentile("50.000000"),
+            p99_us: percentile("99.000000"),
+            max_us: number(&part["clat_ns"]["max"]) / 1000.0,
+            // The start of fio is in it: some 30 ms.
+            server_cpu_us: Some(cpu_ns as f64 / 1000.0 / requests as f64),
+            errors: job["total_err"].as_u64().unwrap_or_default(),
+        })
+    }
+}
+
+fn text(path: &Path) -> Result<&str> {
+    let text = path.to_str().with_context(|| format!("{} is no text", path.display()))?;
+    ensure!(!text.contains(','), "a comma in {text} would split the servers' options");
+    Ok(text)
+}

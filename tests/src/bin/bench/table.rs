@@ -1,0 +1,155 @@
+//! The report as Markdown.
+
+use std::fmt::Write as _;
+
+use ebbtide_tests::load::Outcome;
+
+use crate::contender::Contender;
+use crate::machine::{Medium, Report};
+use crate::memory::Memory;
+use crate::snapshots;
+use crate::{Cells, Options};
+
+/// Rounds of one cell that differ by more than this share of their median make it doubtful.
+const DOUBTFUL_SPREAD: f64 = 0.3;
+
+/// Everything, ready for a README.
+pub(crate) fn markdown(
+    report: &Report,
+    rows: &[&str],
+    cells: &Cells,
+    memory: Option<&Memory>,
+    options: &Options,
+) -> String {
+    let mut text = String::new();
+    // Writing to a String does not fail.
+    let _ = write(&mut text, report, rows, cells, memory, options);
+    text
+}
+
+fn write(
+    text: &mut String,
+    report: &Report,
+    rows: &[&str],
+    cells: &Cells,
+    memory: Option<&Memory>,
+    options: &Options,
+) -> std::fmt::Result {
+    for line in &report.machine {
+        writeln!(text, "- {line}")?;
+    }
+    writeln!(text, "- Programs: {}", report.programs.join("; "))?;
+    writeln!(
+        text,
+        "- Medians of {} interleaved rounds of {} s; client on CPU 0, server (and fio) on CPU 1, \
+         one queue.",
+        options.rounds(),
+        options.seconds(),
+    )?;
+    for warning in &report.warnings {
+        writeln!(text, "- **Warning:** {warning}.")?;
+    }
+    writeln!(
+        text,
+        "\nCell: IOPS · CPU µs per I/O of the server · p50/p99 µs; `~`: rounds differ by more than \
+         {:.0} %.\n",
+        DOUBTFUL_SPREAD * 100.0
+    )?;
+    let columns: Vec<_> = Contender::ALL.into_iter().filter(|each| options.wants(*each)).collect();
+    write!(text, "| load |")?;
+    for column in &columns {
+        write!(text, " {} |", column.name())?;
+    }
+    writeln!(text, " ebbtide ÷ qsd: IOPS, CPU | tracking costs |")?;
+    writeln!(text, "|---|{}---|---|", "---|".repeat(columns.len()))?;
+    let median_of = |row: &str, column: &str| cells.get(row)?.get(column).map(|all| median(all));
+    for row in rows {
+        write!(text, "| {row} |")?;
+        for column in &columns {
+            write!(text, " {} |", cell(cells, row, column.name()))?;
+        }
+        let ours = median_of(row, Contender::Ebbtide.name());
+        let theirs = median_of(row, Contender::Qsd.name());
+        let untracked = median_of(row, Contender::Untracked.name());
+        match (&ours, &theirs) {
+            (Some(ours), Some(theirs)) => {
+                let cpu = ours.server_cpu_us.zip(theirs.server_cpu_us).map(|(a, b)| a / b);
+                write!(text, " {:.2}, {:.2} |", ours.iops / theirs.iops, cpu.unwrap_or(f64::NAN))?;
+            }
+            _ => write!(text, " |")?,
+        }
+        match (&ours, &untracked) {
+            (Some(ours), Some(off)) => {
+                writeln!(text, " {:+.1} % |", (1.0 - ours.iops / off.iops) * 100.0)?;
+            }
+            _ => writeln!(text, " |")?,
+        }
+    }
+    let with_snapshots: Vec<_> = [Medium::Disk, Medium::Shm]
+        .map(snapshots::row_name)
+        .into_iter()
+        .filter(|row| cells.contains_key(row))
+        .collect();
+    if !with_snapshots.is_empty() {
+        writeln!(text, "\n| ebbtide | {} |", snapshots::COLUMNS.join(" | "))?;
+        writeln!(text, "|---|---|---|---|")?;
+        for row in &with_snapshots {
+            write!(text, "| {row} |")?;
+            for column in snapshots::COLUMNS {
+                write!(text, " {} |", cell(cells, row, column))?;
+            }
+            writeln!(text)?;
+        }
+    }
+    if let Some(memory) = memory {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        writeln!(
+            text,
+            "\nMemory, 100 GiB sparse disk, depth 128: {:.1} MiB own, {:.1} MiB mapped files \
+             (program and change map), {:.1} MiB of the guest's.",
+            mib(memory.anonymous),
+            mib(memory.file),
+            mib(memory.shared),
+        )?;
+    }
+    Ok(())
+}
+
+fn cell(cells: &Cells, row: &str, column: &str) -> String {
+    let Some(all) = cells.get(row).and_then(|columns| columns.get(column)) else {
+        return "–".into();
+    };
+    let middle = median(all);
+    let most = all.iter().map(|each| each.iops).fold(0.0, f64::max);
+    let least = all.iter().map(|each| each.iops).fold(f64::MAX, f64::min);
+    let doubt = if most - least > DOUBTFUL_SPREAD * middle.iops { "~" } else { "" };
+    let cpu = middle.server_cpu_us.map_or("?".into(), |us| format!("{us:.1}"));
+    format!("{doubt}{} · {cpu} · {:.0}/{:.0}", thousands(middle.iops), middle.p50_us, middle.p99_us)
+}
+
+fn thousands(number: f64) -> String {
+    match number {
+        ..1000.0 => format!("{number:.0}"),
+        1000.0..20_000.0 => format!("{:.1}k", number / 1000.0),
+        _ => format!("{:.0}k", number / 1000.0),
+    }
+}
+
+/// The median of each figure by itself.
+fn median(all: &[Outcome]) -> Outcome {
+    let middle = |figure: &dyn Fn(&Outcome) -> f64| {
+        let mut figures: Vec<_> = all.iter().map(figure).collect();
+        figures.sort_by(f64::total_cmp);
+        let half = figures.len() / 2;
+        if figures.len() % 2 == 1 { figures[half] } else { f64::midpoint(figures[half - 1], figures[half]) }
+    };
+    Outcome {
+        iops: middle(&|each| each.iops),
+        p50_us: middle(&|each| each.p50_us),
+        p99_us: middle(&|each| each.p99_us),
+        max_us: middle(&|each| each.max_us),
+        server_cpu_us: Some(middle(&|each| each.server_cpu_us.unwrap_or(f64::NAN)))
+            .filter(|us| us.is_finite()),
+        ..all[0].clone()
+    }
+}
