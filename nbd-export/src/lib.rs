@@ -1,4 +1,4 @@
-//! An NBD server as a library: the protocol, with no thread, socket or executor in it.
+//! An NBD server as a library: the protocol, free of threads and of any one executor.
 //!
 //! A [`Connection`] owns the two halves of one client's byte stream. Its
 //! [`handshake`](Connection::handshake) finds an [`Export`] among the [`Exports`] offered and
@@ -12,8 +12,11 @@
 //! connection is over; an export's future is driven to its end, never dropped half-way, unless
 //! the caller drops the connection's own future.
 //!
-//! Absent: TLS (`NBD_OPT_STARTTLS`), extended headers, oldstyle negotiation, resizing, and all
-//! sockets. The protocol is that of NBD `doc/proto.md`; where it leaves a choice, the place
+//! [`ViewExport`] serves a snapshot's view, and [`SocketHalf`] carries a connection on an
+//! executor's ring; nothing else here knows of either.
+//!
+//! Absent: TLS (`NBD_OPT_STARTTLS`), extended headers, oldstyle negotiation, resizing, accept loops
+//! and threads. The protocol is that of NBD `doc/proto.md`; where it leaves a choice, the place
 //! that chooses names its source.
 
 #![forbid(unsafe_code)]
@@ -28,14 +31,18 @@ mod options;
 pub mod proto;
 mod reply;
 mod request;
+mod socket;
 mod status;
 mod stream;
 mod transmission;
+mod views;
 
 pub use connection::{Connection, Limits};
 pub use error::Error;
 pub use export::{Context, Errno, Export, ExportError, ExportInfo, Exports, Listing, Refusal, ZeroMode};
 pub use handshake::Session;
+pub use socket::{Socket, SocketHalf};
 pub use status::{Extent, Extents, Status};
 pub use stream::{ReadHalf, WriteHalf};
 pub use transmission::Ending;
+pub use views::{Base, ViewExport};
