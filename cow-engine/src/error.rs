@@ -50,7 +50,9 @@ pub enum Error {
         name: String,
     },
     /// A name that cannot be one.
-    #[error("'{name}' is no name for a snapshot: 1 to {max} letters, digits, '.', '_' or '-'")]
+    #[error(
+        "'{name}' is no name for a snapshot: 1 to {max} letters, digits, '.', '_', '-', '+' or ':', beginning with a letter or digit"
+    )]
     BadName {
         /// The name asked for.
         name: String,

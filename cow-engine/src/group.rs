@@ -52,6 +52,15 @@ pub struct Taken {
     pub change_id: ChangeId,
 }
 
+/// An instant that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instant {
+    /// Its snapshots, in the order of the disks.
+    pub taken: Vec<Taken>,
+    /// How long the gates were closed: no write waited longer than this.
+    pub held: Duration,
+}
+
 /// Takes a snapshot of all `disks` at one instant, all or none.
 ///
 /// `created_ns` is the time of day in nanoseconds since 1970. Guests' writes wait for those in flight
@@ -67,7 +76,7 @@ pub async fn create<S: Storage>(
     name: &str,
     created_ns: u64,
     deadline: Duration,
-) -> Result<Vec<Taken>, Error> {
+) -> Result<Instant, Error> {
     check_name(name)?;
     for disk in disks {
         if disk.snapshot(name).is_ok() {
@@ -85,10 +94,13 @@ pub async fn create<S: Storage>(
             }
         }
     }
-    if let Err(error) = flip(io, &prepared, deadline).await {
-        abandon(io, &prepared);
-        return Err(error);
-    }
+    let held = match flip(io, &prepared, deadline).await {
+        Ok(held) => held,
+        Err(error) => {
+            abandon(io, &prepared);
+            return Err(error);
+        }
+    };
     if let Err(error) = confirm(io, &prepared).await {
         for one in &prepared {
             if let Err(error) = one.disk.retire(io, &one.snapshot).await {
@@ -97,10 +109,11 @@ pub async fn create<S: Storage>(
         }
         return Err(error);
     }
-    Ok(prepared
+    let taken = prepared
         .iter()
         .map(|one| Taken { disk: one.disk.name.clone(), change_id: one.snapshot.change_id() })
-        .collect())
+        .collect();
+    Ok(Instant { taken, held })
 }
 
 struct Prepared<S: Storage> {
@@ -148,7 +161,8 @@ async fn prepare<S: Storage>(
 }
 
 /// The instant. Either every disk is flipped, or none and the gates are open again.
-async fn flip<S: Storage>(io: &S, prepared: &[Prepared<S>], deadline: Duration) -> Result<(), Error> {
+async fn flip<S: Storage>(io: &S, prepared: &[Prepared<S>], deadline: Duration) -> Result<Duration, Error> {
+    let began = std::time::Instant::now();
     let gates = Gates { prepared };
     let mut closing: Vec<_> = prepared.iter().map(|one| (one, Box::pin(one.disk.gate.close()))).collect();
     let mut timer = Box::pin(io.sleep(deadline));
@@ -175,7 +189,7 @@ async fn flip<S: Storage>(io: &S, prepared: &[Prepared<S>], deadline: Duration) 
         one.disk.history.begin(one.next);
     }
     drop(gates);
-    Ok(())
+    Ok(began.elapsed())
 }
 
 /// Opens all gates of a group when dropped, whatever happened.
@@ -259,8 +273,8 @@ pub async fn settle<S: Storage>(
 
 fn check_name(name: &str) -> Result<(), Error> {
     let fits = (1..=NAME_BYTES).contains(&name.len());
-    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-    if fits && plain {
+    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+:".contains(&b));
+    if fits && plain && name.as_bytes()[0].is_ascii_alphanumeric() {
         Ok(())
     } else {
         Err(Error::BadName { name: name.chars().take(200).collect(), max: NAME_BYTES })

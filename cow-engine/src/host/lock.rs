@@ -38,6 +38,8 @@ pub enum LockError {
         path: String,
         /// Who, as far as one can know.
         holder: String,
+        /// Whether the holder is a living process; if not, one that ended may still have I/O in flight.
+        living: bool,
     },
     /// The system refused.
     #[error("cannot lock the image '{path}'")]
@@ -109,8 +111,10 @@ impl HostFile {
 
     fn held_by(&self, byte: i64) -> LockError {
         let path = self.path().display().to_string();
-        let holder = self.holders().unwrap_or_else(|| format!("another process (lock on byte {byte})"));
-        LockError::Held { path, holder }
+        let holders = self.holders();
+        let living = holders.is_some();
+        let holder = holders.unwrap_or_else(|| format!("another process (lock on byte {byte})"));
+        LockError::Held { path, holder, living }
     }
 
     /// Processes that have this image open, from /proc: open-file-description locks name nobody.
