@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
-use cbt::{BlockGrid, ByteRange, ChangeId, PAGE_BYTES, PageIndex};
+use cbt::{BlockGrid, ByteRange, ChangeId, Epoch, PAGE_BYTES, PageIndex};
 
 use crate::error::Error;
 use crate::format::{GRAIN, SnapshotState, Superblock};
@@ -39,7 +39,9 @@ pub enum Event {
         disk: String,
         /// The snapshot.
         snapshot: String,
-        /// Why.
+        /// Why, as a stable code for programs: `store-full` or `io-error`.
+        code: &'static str,
+        /// Why, as a sentence.
         reason: String,
     },
 }
@@ -95,9 +97,29 @@ impl<S: Storage> Disk<S> {
         self.tracker.as_ref().map(Tracker::grid)
     }
 
-    /// The instant that a snapshot taken now would have.
+    /// The last instant that was taken, or the beginning of the generation: what changed since
+    /// then is what is marked in the current epoch.
     pub fn change_id(&self) -> ChangeId {
-        ChangeId { generation: self.history.generation, epoch: self.history.epoch() }
+        ChangeId { generation: self.history.generation, epoch: self.history.epoch().previous() }
+    }
+
+    /// The epoch in which `since` ends, if changes since then up to `snapshot` can be told in full.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSince`] if it belongs to another history or to a later instant.
+    pub fn resolve(&self, since: ChangeId, snapshot: &Snapshot<S>) -> Result<Epoch, Error> {
+        let refuse = |reason: &str| Error::UnknownSince {
+            disk: self.name.clone(),
+            since: since.to_string(),
+            reason: reason.to_owned(),
+        };
+        if since.generation != snapshot.generation {
+            return Err(refuse("it belongs to another generation"));
+        }
+        if since.epoch > snapshot.epoch {
+            return Err(refuse("it is later than the snapshot"));
+        }
+        Ok(since.epoch)
     }
 
     /// A counter for one more queue, or other source of changes.
@@ -308,6 +330,7 @@ impl<S: Storage> Disk<S> {
         (self.events)(Event::SnapshotBroken {
             disk: self.name.clone(),
             snapshot: snapshot.name.clone(),
+            code: if error.is_out_of_space() { "store-full" } else { error.code() },
             reason: reason.clone(),
         });
         match snapshot.write_head(io).await {

@@ -115,6 +115,12 @@ impl Error {
         move |source| Self::Io { what, source }
     }
 
+    /// Whether space ran out: of a file system, a quota, or a store's numbers.
+    pub fn is_out_of_space(&self) -> bool {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+    }
+
     /// A stable code for programs.
     pub fn code(&self) -> &'static str {
         match self {
