@@ -10,6 +10,7 @@ mod backend;
 mod config;
 mod counters;
 mod device;
+mod engine;
 mod events;
 #[allow(unsafe_code)]
 mod guest_mem;

@@ -1,0 +1,313 @@
+//! Which NBD exports there are: one for every snapshot, and those that were added by name.
+//!
+//! `DISK@SNAPSHOT` exists for as long as its snapshot does, with a bitmap for every older snapshot of the
+//! same history. An added export has exactly one bitmap or none, for clients that refuse more
+//! (ovirt-imageio). Absent: sockets; [`crate::nbd`] serves what is here.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use control::commands::{ExportInfo, NbdExportAdd};
+use control::service::reason;
+use control::{CommandError, service::Answer};
+use cow_engine::host::HostStorage;
+use cow_engine::{Disk, Snapshot, View};
+use nbd_export::{Base, Exports, Listing, Refusal, ViewExport};
+
+type HostDisk = Disk<HostStorage>;
+type HostSnapshot = Snapshot<HostStorage>;
+
+/// An export that was added.
+#[derive(Clone, Debug)]
+struct Added {
+    disk: String,
+    snapshot: String,
+    bitmap: Option<Base>,
+    description: Option<String>,
+}
+
+/// What an export shows.
+struct Shown {
+    disk: Arc<HostDisk>,
+    snapshot: Arc<HostSnapshot>,
+    bases: Vec<Base>,
+    description: String,
+}
+
+/// See the module.
+pub(crate) struct Catalog {
+    disks: Vec<Arc<HostDisk>>,
+    added: Mutex<BTreeMap<String, Added>>,
+    clients: Mutex<HashMap<String, u32>>,
+    socket: Option<PathBuf>,
+    tcp: Option<std::net::SocketAddr>,
+}
+
+impl Catalog {
+    /// The exports of `disks`, reached by `socket` or `tcp`.
+    pub(crate) fn new(
+        disks: Vec<Arc<HostDisk>>,
+        socket: Option<PathBuf>,
+        tcp: Option<std::net::SocketAddr>,
+    ) -> Self {
+        Self { disks, added: Mutex::default(), clients: Mutex::default(), socket, tcp }
+    }
+
+    /// Where clients connect, for people.
+    pub(crate) fn address(&self) -> Option<String> {
+        let socket = self.socket.as_ref().map(|path| path.display().to_string());
+        socket.or_else(|| self.tcp.map(|address| address.to_string()))
+    }
+
+    fn disk(&self, name: &str) -> Option<&Arc<HostDisk>> {
+        self.disks.iter().find(|disk| disk.name() == name)
+    }
+
+    /// Adds an export.
+    pub(crate) fn add(&self, wanted: NbdExportAdd) -> Answer<ExportInfo> {
+        if self.address().is_none() {
+            return Err(CommandError::generic(
+                reason::NBD_OFF,
+                "The daemon has no NBD server: start it with --nbd",
+            ));
+        }
+        let not_found =
+            |error: cow_engine::Error| CommandError::not_found(reason::SNAPSHOT_NOT_FOUND, error.to_string());
+        let disk = self.disk(&wanted.disk).ok_or_else(|| no_disk(&wanted.disk))?;
+        let snapshot = disk.snapshot(&wanted.snapshot).map_err(not_found)?;
+        let bitmap = match &wanted.bitmap {
+            Some(name) => {
+                let older = disk.snapshot(name).map_err(not_found)?;
+                let base = bases(disk, &snapshot).into_iter().find(|base| base.name == older.name());
+                Some(base.ok_or_else(|| {
+                    let text = format!("Changes since '{name}' up to '{}' cannot be told", snapshot.name());
+                    CommandError::generic(reason::SINCE_NOT_OLDER, text)
+                })?)
+            }
+            None => None,
+        };
+        let export = Added {
+            disk: wanted.disk.clone(),
+            snapshot: wanted.snapshot.clone(),
+            bitmap,
+            description: wanted.description.clone(),
+        };
+        {
+            let mut added = self.added();
+            if wanted.name.is_empty()
+                || added.contains_key(&wanted.name)
+                || self.automatic(&wanted.name).is_some()
+            {
+                let text = format!("There is an export '{}' already", wanted.name);
+                return Err(CommandError::generic(reason::EXPORT_EXISTS, text));
+            }
+            added.insert(wanted.name.clone(), export);
+        }
+        self.infos().into_iter().find(|info| info.name == wanted.name).ok_or_else(|| no_export(&wanted.name))
+    }
+
+    /// Deletes an added export. Clients that use it go on until they leave.
+    pub(crate) fn delete(&self, name: &str) -> Answer<()> {
+        if self.added().remove(name).is_some() {
+            return Ok(());
+        }
+        if self.automatic(name).is_some() {
+            let text = format!("The export '{name}' belongs to its snapshot: delete that");
+            return Err(CommandError::generic(reason::BAD_ARGUMENT, text));
+        }
+        Err(no_export(name))
+    }
+
+    /// Forgets the added exports of a snapshot that was deleted.
+    pub(crate) fn forget(&self, disk: &str, snapshot: &str) {
+        self.added().retain(|_, added| added.disk != disk || added.snapshot != snapshot);
+    }
+
+    /// All exports.
+    pub(crate) fn infos(&self) -> Vec<ExportInfo> {
+        let names = self.list().into_iter().map(|listing| listing.name);
+        names.filter_map(|name| self.info(&name)).collect()
+    }
+
+    /// Names of the exports that show a snapshot.
+    pub(crate) fn names_of(&self, disk: &str, snapshot: &str) -> Vec<String> {
+        if self.address().is_none() {
+            return Vec::new();
+        }
+        let added = self.added();
+        let others = added.iter().filter(|(_, one)| one.disk == disk && one.snapshot == snapshot);
+        std::iter::once(automatic_name(disk, snapshot)).chain(others.map(|(name, _)| name.clone())).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<ExportInfo> {
+        let shown = self.show(name)?;
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(ExportInfo {
+            name: name.to_owned(),
+            disk: shown.disk.name().to_owned(),
+            snapshot: Some(shown.snapshot.name().to_owned()),
+            bitmaps: shown.bases.into_iter().map(|base| base.name).collect(),
+            description: Some(shown.description),
+            size: shown.snapshot.capacity(),
+            read_only: true,
+            clients: clients.get(name).copied().unwrap_or(0),
+            uri: self.uri(name),
+        })
+    }
+
+    fn uri(&self, export: &str) -> String {
+        match (&self.socket, self.tcp) {
+            (Some(path), _) => {
+                format!("nbd+unix:///{}?socket={}", escape(export), escape(&path.display().to_string()))
+            }
+            (None, Some(address)) => format!("nbd://{address}/{}", escape(export)),
+            (None, None) => String::new(),
+        }
+    }
+
+    fn show(&self, name: &str) -> Option<Shown> {
+        let added = self.added().get(name).cloned();
+        if let Some(added) = added {
+            let disk = self.disk(&added.disk)?.clone();
+            let snapshot = disk.snapshot(&added.snapshot).ok()?;
+            let description = added.description.unwrap_or_else(|| describe(&disk, &snapshot));
+            return Some(Shown { disk, snapshot, bases: added.bitmap.into_iter().collect(), description });
+        }
+        let (disk, snapshot) = self.automatic(name)?;
+        let (bases, description) = (bases(&disk, &snapshot), describe(&disk, &snapshot));
+        Some(Shown { disk, snapshot, bases, description })
+    }
+
+    fn automatic(&self, name: &str) -> Option<(Arc<HostDisk>, Arc<HostSnapshot>)> {
+        let (disk, snapshot) = name.split_once('@')?;
+        let disk = self.disk(disk)?;
+        Some((disk.clone(), disk.snapshot(snapshot).ok()?))
+    }
+
+    fn added(&self) -> MutexGuard<'_, BTreeMap<String, Added>> {
+        self.added.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a client of `export` until the answer is dropped.
+    pub(crate) fn client(self: &Arc<Self>, export: &str) -> Client {
+        *self.clients.lock().unwrap_or_else(PoisonError::into_inner).entry(export.to_owned()).or_default() +=
+            1;
+        Client { catalog: self.clone(), export: export.to_owned() }
+    }
+}
+
+/// A client that is counted.
+pub(crate) struct Client {
+    catalog: Arc<Catalog>,
+    export: String,
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let mut clients = self.catalog.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = clients.get_mut(&self.export) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&self.export);
+            }
+        }
+    }
+}
+
+/// The catalog for one connection, whose exports use the connection's executor.
+pub(crate) struct Offer {
+    pub(crate) catalog: Arc<Catalog>,
+    pub(crate) io: HostStorage,
+}
+
+impl Exports for Offer {
+    type Export = ViewExport<HostStorage>;
+
+    async fn find(&self, name: &str) -> Result<Self::Export, Refusal> {
+        let shown = self.catalog.show(name).ok_or(Refusal::Unknown)?;
+        let view = View::new(shown.disk, shown.snapshot);
+        Ok(ViewExport::new(self.io.clone(), view, name, &shown.description, shown.bases))
+    }
+
+    fn list(&self) -> Vec<Listing> {
+        self.catalog.list()
+    }
+
+    fn default_name(&self) -> Option<String> {
+        self.catalog.lone_snapshot()
+    }
+}
+
+impl Catalog {
+    fn list(&self) -> Vec<Listing> {
+        let automatic = self.disks.iter().flat_map(|disk| {
+            disk.snapshots().into_iter().map(|snapshot| Listing {
+                name: automatic_name(disk.name(), snapshot.name()),
+                description: describe(disk, &snapshot),
+            })
+        });
+        let mut all: Vec<_> = automatic.collect();
+        let names: Vec<String> = self.added().keys().cloned().collect();
+        all.extend(names.into_iter().filter_map(|name| {
+            let description = self.show(&name)?.description;
+            Some(Listing { name, description })
+        }));
+        all
+    }
+
+    /// The export of the only snapshot, which is also the one without a name.
+    fn lone_snapshot(&self) -> Option<String> {
+        let mut all = self.disks.iter().flat_map(|disk| {
+            disk.snapshots().into_iter().map(|snapshot| automatic_name(disk.name(), snapshot.name()))
+        });
+        let first = all.next()?;
+        all.next().is_none().then_some(first)
+    }
+}
+
+/// The older snapshots that `snapshot` can be compared with.
+fn bases(disk: &HostDisk, snapshot: &HostSnapshot) -> Vec<Base> {
+    if disk.block_grid().is_none() {
+        return Vec::new();
+    }
+    let older = disk.snapshots().into_iter().filter(|older| older.change_id() != snapshot.change_id());
+    let known = older.filter_map(|older| {
+        let epoch = disk.resolve(older.change_id(), snapshot).ok()?;
+        Some(Base { name: older.name().to_owned(), epoch })
+    });
+    known.collect()
+}
+
+fn automatic_name(disk: &str, snapshot: &str) -> String {
+    format!("{disk}@{snapshot}")
+}
+
+fn describe(disk: &HostDisk, snapshot: &HostSnapshot) -> String {
+    let time = control::commands::Timestamp::from(crate::service::time_of(snapshot));
+    match snapshot.broken() {
+        Some(reason) => format!("snapshot {} of {} is broken: {reason}", snapshot.name(), disk.name()),
+        None => format!("{} as it was at {time}", disk.name()),
+    }
+}
+
+pub(crate) fn no_disk(name: &str) -> CommandError {
+    CommandError::not_found(reason::DISK_NOT_FOUND, format!("There is no disk '{name}'"))
+}
+
+fn no_export(name: &str) -> CommandError {
+    CommandError::not_found(reason::EXPORT_NOT_FOUND, format!("There is no export '{name}'"))
+}
+
+/// Percent-encodes what an NBD URI would take for something else (NBD uri.md).
+fn escape(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~/@+:".contains(&b);
+    text.bytes().fold(String::new(), |mut out, b| {
+        if plain(b) {
+            out.push(char::from(b));
+        } else {
+            out.push_str(&format!("%{b:02X}"));
+        }
+        out
+    })
+}

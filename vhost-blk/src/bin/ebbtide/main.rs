@@ -1,0 +1,82 @@
+//! The program `ebbtide`: where the doors are joined.
+//!
+//! `serve` puts the engine's disks behind vhost-user, NBD and control sockets; the other commands talk to
+//! a daemon that does.
+
+#![deny(unsafe_code)]
+
+mod args;
+mod catalog;
+mod cli;
+#[allow(unsafe_code)]
+mod descriptor;
+mod disk_spec;
+mod nbd;
+mod serve;
+mod service;
+mod stop;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{BackendProgram, Cli, Command, Serve};
+use crate::disk_spec::DiskSpec;
+use crate::serve::{FrontEnd, Plan};
+
+fn main() -> ExitCode {
+    // Whatever else is said (QEMU's vhost-user.rst, "Backend program conventions").
+    if std::env::args_os().any(|argument| argument == "--print-capabilities") {
+        println!("{}", args::CAPABILITIES);
+        return ExitCode::SUCCESS;
+    }
+    let Cli { program, command } = Cli::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_target(false)
+        .init();
+    let plan = match command {
+        Some(Command::Serve(serve)) => plan_of_serve(serve),
+        Some(other) => return cli::run(other),
+        None => plan_of_program(program),
+    };
+    let served = plan.map_err(|error| anyhow::anyhow!(error)).and_then(serve::run);
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ebbtide: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn plan_of_serve(serve: Serve) -> Result<Plan, String> {
+    let mut serve = serve.with_config()?;
+    serve.doors.control.get_or_insert_with(control::paths::control_socket);
+    serve.doors.nbd.get_or_insert_with(control::paths::nbd_socket);
+    Ok(Plan { disks: serve.disks, doors: serve.doors, front_end: FrontEnd::Sockets })
+}
+
+/// A front end that starts its own back ends gets one disk and no other doors unless it says so: several
+/// such programs would be in each other's way.
+fn plan_of_program(program: BackendProgram) -> Result<Plan, String> {
+    let Some(image) = &program.blk_file else {
+        return Err(
+            "no disk to serve: say --blk-file with --socket-path or --fd, or see 'ebbtide --help'".into()
+        );
+    };
+    let front_end = match (&program.socket_path, program.fd) {
+        (Some(_), None) => FrontEnd::Sockets,
+        (None, Some(number)) => match descriptor::take(number) {
+            Some(socket) => FrontEnd::Descriptor(socket),
+            None => return Err(format!("--fd {number}: there is no such open descriptor")),
+        },
+        _ => return Err("say where the front end is: --socket-path or --fd, one of the two".into()),
+    };
+    let disk = DiskSpec::plain(image, program.socket_path.clone(), program.read_only)?;
+    Ok(Plan { disks: vec![disk], doors: program.doors, front_end })
+}
+
+/// Starts a named thread.
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(body)
+}

@@ -1,0 +1,387 @@
+//! `ebbtide serve`: from what the operator said to disks on offer, and back.
+//!
+//! Order of a start: images are opened and locked, states taken up, half-made snapshots decided; then
+//! doors open, guests' last. Order of an end: control and backup clients first, then the guests' queues
+//! are drained, then every disk is closed and stamped clean. An end in any other way loses nothing that
+//! was acknowledged; the next start says what it found.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, anyhow, bail};
+use control::{Event, EventHub, Listener, Server, paths};
+use cow_engine::group::{self, Admin};
+use cow_engine::host::{Access, Backing, Executor, HostDir, HostFile, HostStorage, ImageOptions, LockError};
+use cow_engine::{Disk, DiskOptions, ResetReason};
+use vhost_blk::{Cache, Connection, Device, DiscardMode, LogicalBlock, Options};
+
+use crate::args::Doors;
+use crate::catalog::Catalog;
+use crate::disk_spec::DiskSpec;
+use crate::nbd::NbdServer;
+use crate::service::ControlService;
+use crate::stop::Stop;
+
+/// How long to wait for the last I/O of a daemon that was killed, which holds its locks.
+const FENCE: Duration = Duration::from_secs(10);
+
+/// How front ends reach the disks.
+pub(crate) enum FrontEnd {
+    /// On the sockets that the disks name.
+    Sockets,
+    /// By an open descriptor, for the one disk.
+    Descriptor(OwnedFd),
+}
+
+/// Everything that `serve` is told.
+pub(crate) struct Plan {
+    pub(crate) disks: Vec<DiskSpec>,
+    pub(crate) doors: Doors,
+    pub(crate) front_end: FrontEnd,
+}
+
+/// A disk on offer.
+pub(crate) struct Served {
+    pub(crate) spec: DiskSpec,
+    pub(crate) disk: Arc<Disk<HostStorage>>,
+    pub(crate) device: Arc<Device<Arc<Disk<HostStorage>>>>,
+    pub(crate) image_path: String,
+    pub(crate) state: PathBuf,
+    /// Why and when this daemon began a new generation, if it did.
+    pub(crate) reset: Option<(ResetReason, SystemTime)>,
+    /// Held while the daemon runs.
+    _state_lock: std::fs::File,
+}
+
+/// Serves until told to stop.
+pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
+    crate::args::check_disks(&plan.disks).map_err(|error| anyhow!(error))?;
+    let stop = Stop::default();
+    watch_signals(stop.clone())?;
+    let hub = EventHub::new();
+    let executor = Executor::new(16).context("cannot start an io_uring: this needs Linux 6.1 or later")?;
+    let disks = open_disks(&executor, plan.disks, &hub)?;
+
+    let catalog = Arc::new(Catalog::new(
+        disks.iter().map(|served| served.disk.clone()).collect(),
+        plan.doors.nbd.clone(),
+        plan.doors.nbd_tcp,
+    ));
+    let mut nbd = NbdServer::new(catalog.clone());
+    if let Some(path) = &plan.doors.nbd {
+        make_directory_of(path, &paths::nbd_socket())?;
+        nbd.listen_unix(bind(path)?).context("cannot start the NBD server")?;
+    }
+    if let Some(address) = plan.doors.nbd_tcp {
+        let listener = std::net::TcpListener::bind(address);
+        let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
+        nbd.listen_tcp(listener).context("cannot start the NBD server")?;
+    }
+    let mut created = Vec::new();
+    for served in &disks {
+        let told = (hub.clone(), served.spec.name.clone(), stop.clone());
+        let ends_with_front_end = matches!(plan.front_end, FrontEnd::Descriptor(_));
+        served.device.on_connection(move |what| {
+            let (hub, disk, stop) = &told;
+            log::info!(
+                "{disk}: front end {}",
+                if what == Connection::Up { "connected" } else { "went away" }
+            );
+            match what {
+                Connection::Up => hub.post(&Event::FrontendConnected { disk: disk.clone() }),
+                Connection::Down => {
+                    hub.post(&Event::FrontendDisconnected { disk: disk.clone() });
+                    if ends_with_front_end {
+                        stop.set();
+                    }
+                }
+            }
+        });
+        if let (FrontEnd::Sockets, Some(path)) = (&plan.front_end, &served.spec.socket) {
+            served.device.listen(bind(path)?).context("cannot start a thread")?;
+            created.push(path.clone());
+        }
+    }
+    let control = match &plan.doors.control {
+        Some(path) => {
+            make_directory_of(path, &paths::control_socket())?;
+            Some(Listener::bind(path).map_err(anyhow::Error::from)?)
+        }
+        None => None,
+    };
+    let disks = Arc::new(disks);
+    let service = ControlService {
+        disks: disks.clone(),
+        admin: Mutex::new(Admin::new()),
+        catalog,
+        hub: hub.clone(),
+        stop: stop.clone(),
+        started: Instant::now(),
+        control_socket: plan.doors.control.as_ref().map_or(String::new(), |path| path.display().to_string()),
+    };
+    let server = match control {
+        Some(listener) => {
+            let started = Server::start(listener, Arc::new(service), hub, control::Options::default());
+            Some(started.context("cannot start the control server")?)
+        }
+        None => None,
+    };
+    if let FrontEnd::Descriptor(socket) = plan.front_end {
+        attach(&disks[0].device, socket)?;
+    }
+    for served in disks.iter() {
+        log::info!("{}: serving {}", served.spec.name, served.image_path);
+    }
+
+    stop.wait();
+    log::info!("stopping");
+    if let Some(server) = server {
+        server.stop(Duration::from_secs(2));
+    }
+    nbd.stop();
+    for path in created.iter().chain(&plan.doors.nbd) {
+        let _ = std::fs::remove_file(path);
+    }
+    close(&executor, &disks)
+}
+
+/// Drains the queues and closes every disk, the others also if one fails.
+fn close(executor: &Executor, disks: &[Served]) -> anyhow::Result<()> {
+    let io = executor.storage();
+    let mut result = Ok(());
+    for served in disks {
+        served.device.stop();
+        let disk = &served.disk;
+        let closed = executor.block_on(disk.close(&io, || disk.image().identity()));
+        if let Err(error) = closed {
+            log::error!("{}: not closed cleanly: {error}", served.spec.name);
+            result =
+                Err(anyhow::Error::from(error).context(format!("closing the disk '{}'", served.spec.name)));
+        }
+    }
+    result
+}
+
+fn open_disks(executor: &Executor, specs: Vec<DiskSpec>, hub: &EventHub) -> anyhow::Result<Vec<Served>> {
+    let boot = boot_id()?;
+    let mut disks = Vec::new();
+    for spec in specs {
+        disks.push(open_disk(executor, spec, boot, hub)?);
+    }
+    let io = executor.storage();
+    let all: Vec<_> = disks.iter().map(|served| served.disk.clone()).collect();
+    let dropped = executor.block_on(group::settle(&mut Admin::new(), &io, &all))?;
+    for (disk, snapshot) in dropped {
+        log::info!("{disk}: dropped snapshot '{snapshot}', which was never finished");
+    }
+    Ok(disks)
+}
+
+fn open_disk(executor: &Executor, spec: DiskSpec, boot: [u8; 16], hub: &EventHub) -> anyhow::Result<Served> {
+    let options = ImageOptions {
+        read_only: spec.read_only,
+        direct: spec.direct,
+        logical_block_bytes: spec.logical_block_bytes,
+    };
+    let image = HostFile::open_image(&spec.path, options)?;
+    lock(&image, spec.read_only)?;
+    let path = spec.path.canonicalize().with_context(|| format!("cannot resolve {}", spec.path.display()))?;
+    let state = state_directory(&spec, &path, &image)?;
+    let state_lock = lock_state(&state)?;
+    let image_path = path.display().to_string();
+    let events = {
+        let hub = hub.clone();
+        Arc::new(move |event| {
+            if let cow_engine::Event::SnapshotBroken { disk, snapshot, code, reason } = event {
+                hub.post(&Event::SnapshotBroken {
+                    name: snapshot,
+                    disk,
+                    reason: code.to_owned(),
+                    desc: reason,
+                });
+            }
+        })
+    };
+    let options = DiskOptions {
+        name: spec.name.clone(),
+        identity: image.identity().with_context(|| format!("cannot ask about {image_path}"))?,
+        image,
+        image_path: image_path.clone(),
+        dir: HostDir::new(state.clone()),
+        tracking: spec.tracking,
+        boot,
+        events,
+    };
+    let opened = executor.block_on(Disk::open(&executor.storage(), options));
+    let (disk, report) =
+        opened.with_context(|| format!("cannot use the state directory {}", state.display()))?;
+    let reset = report.reset.clone().map(|reason| (reason, SystemTime::now()));
+    tell(&spec.name, &disk, &report, hub);
+    let device = Device::new(disk.clone(), device_options(&spec))
+        .with_context(|| format!("cannot offer the disk '{}'", spec.name))?;
+    Ok(Served { spec, disk, device, image_path, state, reset, _state_lock: state_lock })
+}
+
+/// Says what was found of a disk's past.
+fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, hub: &EventHub) {
+    if report.unclean {
+        log::info!("{name}: the last daemon did not close this disk");
+    }
+    if !report.kept.is_empty() {
+        log::info!("{name}: kept {} snapshots: {}", report.kept.len(), report.kept.join(", "));
+    }
+    for (snapshot, reason) in &report.dropped {
+        log::warn!("{name}: snapshot {snapshot} is lost: {reason}");
+    }
+    if let Some(reason) = &report.reset {
+        let generation = disk.change_id().generation.to_string();
+        if *reason != ResetReason::New {
+            log::warn!("{name}: change tracking begins anew, the next backup must be a full one: {reason}");
+        }
+        hub.post(&Event::TrackerReset {
+            disk: name.to_owned(),
+            generation,
+            reason: reason.code().to_owned(),
+            desc: reason.to_string(),
+        });
+    }
+}
+
+fn device_options(spec: &DiskSpec) -> Options {
+    Options {
+        name: spec.name.clone(),
+        queues: spec.queues,
+        read_only: spec.read_only,
+        serial: spec.serial.clone().unwrap_or_else(|| spec.name.chars().take(20).collect()),
+        logical_block: if spec.logical_block_bytes == 4096 {
+            LogicalBlock::B4096
+        } else {
+            LogicalBlock::B512
+        },
+        cache: if spec.writeback { Cache::Writeback } else { Cache::Writethrough },
+        discard: if spec.discard { DiscardMode::Unmap } else { DiscardMode::Ignore },
+        ..Options::default()
+    }
+}
+
+/// Takes the image's locks; waits for a daemon that was killed, whose last I/O still holds them.
+fn lock(image: &HostFile, read_only: bool) -> Result<(), LockError> {
+    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let deadline = Instant::now() + FENCE;
+    loop {
+        match image.lock_image(access) {
+            Err(LockError::Held { living: false, .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// The state directory, made if need be: beside the image unless said otherwise.
+fn state_directory(spec: &DiskSpec, image_path: &Path, image: &HostFile) -> anyhow::Result<PathBuf> {
+    let path = match (&spec.state, image.backing()) {
+        (Some(path), _) => path.clone(),
+        (None, Backing::File) => {
+            let mut path = image_path.as_os_str().to_owned();
+            path.push(".ebb");
+            PathBuf::from(path)
+        }
+        (None, Backing::BlockDevice) => {
+            bail!(
+                "{} is a block device: say with state=DIR where its history and snapshots are kept",
+                image_path.display()
+            )
+        }
+    };
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+    made.with_context(|| format!("cannot make the state directory {}", path.display()))?;
+    let path = path.canonicalize().with_context(|| format!("cannot resolve {}", path.display()))?;
+    let (on, of) = (std::fs::metadata(&path)?, std::fs::metadata(image_path)?);
+    if of.file_type().is_block_device() && on.dev() == of.rdev() {
+        bail!(
+            "the state directory {} lies on the disk that it would keep snapshots of: choose another with state=DIR",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// Keeps other daemons out of a state directory for as long as the answer is held.
+fn lock_state(state: &Path) -> anyhow::Result<std::fs::File> {
+    let path = state.join("lock");
+    let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            bail!("the state directory {} is in use by another ebbtide", state.display())
+        }
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+/// This boot of the host.
+fn boot_id() -> anyhow::Result<[u8; 16]> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?;
+    Ok(uuid::Uuid::try_parse(text.trim()).with_context(|| format!("{PATH} holds no UUID"))?.into_bytes())
+}
+
+/// Listens on `path`, in place of a socket that nobody listens on any more.
+fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    let fail = || format!("cannot listen on {}", path.display());
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            bail!("cannot listen on {}: there is something else that is no socket", path.display());
+        }
+        if UnixStream::connect(path).is_ok() {
+            bail!("cannot listen on {}: another program does", path.display());
+        }
+        std::fs::remove_file(path).with_context(fail)?;
+    }
+    UnixListener::bind(path).with_context(fail)
+}
+
+/// Makes the directory of a socket if it is the default one.
+fn make_directory_of(path: &Path, default: &Path) -> anyhow::Result<()> {
+    if path != default {
+        return Ok(());
+    }
+    let directory = paths::runtime_directory();
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
+    made.with_context(|| format!("cannot make {}", directory.display()))
+}
+
+/// Serves a front end that comes by an open descriptor, connected or listening.
+fn attach(device: &Device<Arc<Disk<HostStorage>>>, socket: OwnedFd) -> anyhow::Result<()> {
+    let listening = rustix::net::sockopt::socket_acceptconn(&socket);
+    let listening = listening.context("the descriptor that --fd names is no socket")?;
+    let served = if listening {
+        device.listen(UnixListener::from(socket))
+    } else {
+        device.attach(UnixStream::from(socket))
+    };
+    served.context("cannot start a thread")
+}
+
+/// Ends the daemon in order on the signals that ask for it.
+fn watch_signals(stop: Stop) -> anyhow::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP]);
+    let mut signals = signals.context("cannot watch for signals")?;
+    crate::thread("signals", move || {
+        for signal in signals.forever() {
+            log::info!("received signal {signal}");
+            stop.set();
+        }
+    })
+    .context("cannot start a thread")?;
+    Ok(())
+}
