@@ -3,6 +3,7 @@
 //! - [`load`]: a load generator on the third-party `blkio` crate; its program is `load`.
 //! - [`vhost_client`]: our own vhost-user front end, which can also say what no driver would say.
 //! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
+//! - [`daemon`]: a daemon with disks in a temporary directory.
 //! - [`server`]: starts the programs under test, bounds their lives, reads what they use.
 //!
 //! Always: no process outlives the one that started it, and nothing waits without a deadline.
@@ -12,6 +13,7 @@
 
 #[allow(unsafe_code)]
 pub mod baseline;
+pub mod daemon;
 pub mod histogram;
 pub mod load;
 pub mod random;

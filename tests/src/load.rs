@@ -313,10 +313,14 @@ impl Worker<'_> {
         let start = self.load.offset + block * bytes as u64;
         let none = ReqFlags::empty();
         match self.load.mix.pick(random) {
-            Operation::Read => self.queue.read(start, self.buffers.get(slot), bytes, slot, none),
+            Operation::Read => {
+                let (list, count) = self.buffers.segments(slot);
+                self.queue.readv(start, list, count, slot, none);
+            }
             Operation::Write => {
                 self.buffers.stamp(slot, random.next());
-                self.queue.write(start, self.buffers.get(slot), bytes, slot, none);
+                let (list, count) = self.buffers.segments(slot);
+                self.queue.writev(start, list, count, slot, none);
             }
             Operation::Flush => self.queue.flush(slot, none),
             Operation::Discard => self.queue.discard(start, bytes as u64, slot, none),

@@ -91,7 +91,13 @@ pub struct Buffers {
     base: usize,
     size: usize,
     count: usize,
+    /// Each buffer cut into what one segment may hold.
+    segments: Vec<blkio::iovec>,
+    per_buffer: usize,
 }
+
+// SAFETY: the pointers in `segments` are numbers to this type; only the device follows them.
+unsafe impl Send for Buffers {}
 
 impl Buffers {
     /// Allocates `count` buffers of `size` bytes each, makes them known to the device, and fills
@@ -110,13 +116,33 @@ impl Buffers {
             // request uses it yet.
             unsafe { place.write_volatile(random.next()) };
         }
-        Ok(Self { base: region.addr, size, count })
+        let most = match blkio.get_i32("max-segment-len")? {
+            most @ 1.. => usize::try_from(most).unwrap_or(size),
+            _ => size,
+        };
+        let mut segments = Vec::new();
+        for buffer in 0..count {
+            for at in (0..size).step_by(most) {
+                segments.push(blkio::iovec {
+                    iov_base: (region.addr + buffer * size + at) as *mut libc::c_void,
+                    iov_len: most.min(size - at),
+                });
+            }
+        }
+        Ok(Self { base: region.addr, size, count, segments, per_buffer: size.div_ceil(most) })
     }
 
-    /// Where buffer `index` begins.
-    pub fn get(&self, index: usize) -> *mut u8 {
+    fn get(&self, index: usize) -> *mut u8 {
         assert!(index < self.count);
         (self.base + index * self.size) as *mut u8
+    }
+
+    /// The segments of buffer `index`, for `readv` and `writev`: where their list begins, and how
+    /// many they are. They live as long as these buffers.
+    pub fn segments(&self, index: usize) -> (*const blkio::iovec, u32) {
+        let from = index * self.per_buffer;
+        let list = &self.segments[from..from + self.per_buffer];
+        (list.as_ptr(), u32::try_from(list.len()).expect("a buffer has few segments"))
     }
 
     /// Changes the first eight bytes of buffer `index`, so that no two writes are the same.

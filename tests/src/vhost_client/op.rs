@@ -82,7 +82,7 @@ pub struct Ticket {
 /// How a request ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
-    /// The status byte, [`UNTOUCHED`] if the device did not write it.
+    /// The status byte, [`UNTOUCHED`](super::UNTOUCHED) if the device did not write it.
     pub status: u8,
     /// The data segments that the device could write.
     pub data: Vec<u8>,

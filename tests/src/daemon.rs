@@ -1,0 +1,229 @@
+//! A daemon with disks of its own in a temporary directory: Ebbtide, or `qemu-storage-daemon` where
+//! a test wants a second opinion on itself.
+//!
+//! Always: the directory and the process go with the [`Daemon`]. Absent: what the disks hold; they
+//! begin as holes.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::server::{self, Server, output_of};
+use crate::vhost_client::{Client, Options};
+
+/// Whose daemon it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// `ebbtide serve`
+    Ebbtide,
+    /// `qemu-storage-daemon`
+    Qsd,
+}
+
+/// A disk to begin with.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Its name.
+    pub name: &'static str,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Queues that it offers.
+    pub queues: usize,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// More of Ebbtide's options, such as `serial=X`, comma-separated.
+    pub more: &'static str,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        Self { name: "vda", bytes: 64 << 20, queues: 4, read_only: false, more: "" }
+    }
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    server: Server,
+    program: Program,
+    dir: TempDir,
+}
+
+impl Daemon {
+    /// Starts `program` with new, empty `disks`.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start(program: Program, disks: &[Disk]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?;
+        for disk in disks {
+            File::create(dir.path().join(format!("{}.img", disk.name)))?.set_len(disk.bytes)?;
+        }
+        let server = launch(program, dir.path(), disks)?;
+        Ok(Self { server, program, dir })
+    }
+
+    /// Ends the daemon by `signal` and starts it again on the same files.
+    ///
+    /// # Errors
+    /// If it does not end on a SIGTERM, or does not come up again.
+    pub fn restart(&mut self, signal: Signal, disks: &[Disk]) -> Result<()> {
+        self.server.signal(signal)?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.server.is_alive() {
+            ensure!(Instant::now() < deadline, "does not end:\n{}", self.server.output());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        for disk in disks {
+            // Its new incarnation is ready when it has made them anew.
+            let _ = std::fs::remove_file(self.socket(disk.name));
+        }
+        let _ = std::fs::remove_file(self.control());
+        self.server = launch(self.program, self.dir.path(), disks)?;
+        Ok(())
+    }
+
+    /// The vhost-user socket of a disk.
+    pub fn socket(&self, disk: &str) -> PathBuf {
+        self.dir.path().join(format!("{disk}.sock"))
+    }
+
+    /// The image of a disk.
+    pub fn image(&self, disk: &str) -> PathBuf {
+        self.dir.path().join(format!("{disk}.img"))
+    }
+
+    /// The control socket.
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("control.sock")
+    }
+
+    /// The NBD socket.
+    pub fn nbd(&self) -> PathBuf {
+        self.dir.path().join("nbd.sock")
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Its process.
+    pub fn server(&mut self) -> &mut Server {
+        &mut self.server
+    }
+
+    /// Connects to a disk and starts its queues.
+    ///
+    /// # Errors
+    /// If the daemon refuses; what it printed is in the error.
+    pub fn connect(&self, disk: &str, options: &Options) -> Result<Client> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            match Client::connect(&self.socket(disk), options) {
+                Ok(client) => return Ok(client),
+                // The one before may still be on its way out, and this one refused meanwhile.
+                Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("daemon said: {}", self.server.output()));
+                }
+            }
+        }
+    }
+
+    /// Runs `ebbtide ARGUMENTS` against this daemon.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn ask(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(server::ebbtide()?);
+        command.args(arguments).arg("--control").arg(self.control());
+        output_of(command, &[], Duration::from_secs(60))
+    }
+
+    /// Open descriptors when no front end is connected: waits until the number has not changed
+    /// for a while.
+    ///
+    /// # Errors
+    /// If the daemon is gone or never comes to rest.
+    pub fn resting_descriptors(&self) -> Result<Vec<String>> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut last = self.server.descriptors()?;
+        let mut same = 0;
+        while same < 20 {
+            ensure!(Instant::now() < deadline, "descriptors do not come to rest: {last:?}");
+            std::thread::sleep(Duration::from_millis(10));
+            let now = self.server.descriptors()?;
+            same = if now.len() == last.len() { same + 1 } else { 0 };
+            last = now;
+        }
+        Ok(last)
+    }
+
+    /// Waits until no more than `most` descriptors are open.
+    ///
+    /// # Errors
+    /// If some are never closed; the error names all that are open.
+    pub fn expect_descriptors(&self, most: usize) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let now = self.server.descriptors()?;
+            if now.len() <= most {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{} descriptors, {most} before: {now:#?}", now.len());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn launch(program: Program, dir: &Path, disks: &[Disk]) -> Result<Server> {
+    let at = |name: String| -> Result<String> {
+        let path = dir.join(name);
+        Ok(path.to_str().context("a temporary directory whose name is no text")?.to_owned())
+    };
+    let mut sockets = Vec::new();
+    let mut command = match program {
+        Program::Ebbtide => {
+            let mut command = Command::new(server::ebbtide()?);
+            command.arg("serve");
+            command.args(["--control", &at("control.sock".into())?, "--nbd", &at("nbd.sock".into())?]);
+            sockets.push(dir.join("control.sock"));
+            command
+        }
+        Program::Qsd => Command::new("qemu-storage-daemon"),
+    };
+    for Disk { name, queues, read_only, more, .. } in disks {
+        let (image, socket) = (at(format!("{name}.img"))?, at(format!("{name}.sock"))?);
+        match program {
+            Program::Ebbtide => {
+                let read_only = if *read_only { ",read-only" } else { "" };
+                let comma = if more.is_empty() { "" } else { "," };
+                command.arg("--disk").arg(format!(
+                    "name={name},path={image},socket={socket},queues={queues}{read_only}{comma}{more}"
+                ));
+            }
+            Program::Qsd => {
+                if !more.is_empty() {
+                    bail!("qemu-storage-daemon knows no {more}");
+                }
+                let (ro, writable) = if *read_only { ("on", "off") } else { ("off", "on") };
+                command.arg("--blockdev").arg(format!(
+                    "driver=file,node-name={name},filename={image},read-only={ro},discard=unmap"
+                ));
+                command.arg("--export").arg(format!(
+                    "type=vhost-user-blk,id={name},node-name={name},addr.type=unix,\
+                     addr.path={socket},writable={writable},num-queues={queues}"
+                ));
+            }
+        }
+        sockets.push(dir.join(format!("{name}.sock")));
+    }
+    let sockets: Vec<_> = sockets.iter().map(PathBuf::as_path).collect();
+    Server::start(command, &dir.join("log"), &[], &sockets)
+}
