@@ -212,6 +212,11 @@ impl Memory {
         Ok(Self { regions })
     }
 
+    /// Whether there is no region yet.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
     fn insert(&mut self, spec: RegionSpec, file: &File) -> Result<(), MemoryError> {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MemoryError::TooMany);

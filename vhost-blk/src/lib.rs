@@ -6,6 +6,9 @@
 
 #![deny(unsafe_code)]
 
+// vhost-user has the machine's byte order, virtio is little-endian: told apart nowhere here.
+const _: () = assert!(cfg!(target_endian = "little"), "ebbtide runs on little-endian machines");
+
 mod backend;
 mod config;
 mod counters;

@@ -9,20 +9,25 @@ pub const MAX_QUEUES: u16 = 64;
 
 /// Feature bits of VIRTIO 1.2 §5.2.3, §2.7 and §6, and of vhost-user.
 pub(crate) mod feature {
-    pub(crate) const SIZE_MAX: u64 = 1 << 1;
-    pub(crate) const SEG_MAX: u64 = 1 << 2;
-    pub(crate) const RO: u64 = 1 << 5;
-    pub(crate) const BLK_SIZE: u64 = 1 << 6;
-    pub(crate) const FLUSH: u64 = 1 << 9;
-    pub(crate) const TOPOLOGY: u64 = 1 << 10;
-    pub(crate) const CONFIG_WCE: u64 = 1 << 11;
-    pub(crate) const MQ: u64 = 1 << 12;
-    pub(crate) const DISCARD: u64 = 1 << 13;
-    pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
-    pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
-    pub(crate) const EVENT_IDX: u64 = 1 << 29;
+    use virtio_bindings::virtio_blk as blk;
+    use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+    use virtio_bindings::virtio_ring as ring;
+
+    pub(crate) const SIZE_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SIZE_MAX;
+    pub(crate) const SEG_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SEG_MAX;
+    pub(crate) const RO: u64 = 1 << blk::VIRTIO_BLK_F_RO;
+    pub(crate) const BLK_SIZE: u64 = 1 << blk::VIRTIO_BLK_F_BLK_SIZE;
+    pub(crate) const FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
+    pub(crate) const TOPOLOGY: u64 = 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
+    pub(crate) const CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
+    pub(crate) const MQ: u64 = 1 << blk::VIRTIO_BLK_F_MQ;
+    pub(crate) const DISCARD: u64 = 1 << blk::VIRTIO_BLK_F_DISCARD;
+    pub(crate) const WRITE_ZEROES: u64 = 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
+    pub(crate) const INDIRECT_DESC: u64 = 1 << ring::VIRTIO_RING_F_INDIRECT_DESC;
+    pub(crate) const EVENT_IDX: u64 = 1 << ring::VIRTIO_RING_F_EVENT_IDX;
+    /// `VHOST_USER_F_PROTOCOL_FEATURES`.
     pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
-    pub(crate) const VERSION_1: u64 = 1 << 32;
+    pub(crate) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 }
 
 /// Bytes in a logical block: the unit of a guest's requests. Sectors stay 512 bytes.

@@ -8,6 +8,12 @@ use cbt::{ByteRange, SECTOR_BYTES, Sector};
 use cow_engine::Zeroing;
 use cow_engine::cbt;
 
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD as T_DISCARD, VIRTIO_BLK_T_FLUSH as T_FLUSH, VIRTIO_BLK_T_GET_ID as T_GET_ID,
+    VIRTIO_BLK_T_IN as T_IN, VIRTIO_BLK_T_OUT as T_OUT, VIRTIO_BLK_T_WRITE_ZEROES as T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP as FLAG_UNMAP,
+};
+
 use crate::ring::{Chain, ChainError};
 
 /// `VIRTIO_BLK_S_OK`.
@@ -17,19 +23,10 @@ pub(crate) const STATUS_IOERR: u8 = 1;
 /// `VIRTIO_BLK_S_UNSUPP`.
 pub(crate) const STATUS_UNSUPP: u8 = 2;
 
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
-
 /// Bytes in `struct virtio_blk_req` before its data: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
 /// Bytes in `struct virtio_blk_discard_write_zeroes`.
 const RANGE_BYTES: usize = 16;
-/// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
-const FLAG_UNMAP: u32 = 1;
 
 /// Bytes of a serial (`VIRTIO_BLK_ID_BYTES`).
 pub(crate) const ID_BYTES: usize = 20;

@@ -87,7 +87,7 @@ pub(crate) fn run<B: Backend>(device: &Arc<Inner<B>>, stream: UnixStream) -> Res
             Ok(()) => {}
             Err(Error::ReqHandlerError(error)) => {
                 if let Some(held) = device.quiet() {
-                    log::debug!("{}: refused a message: {error} ({held} more held back)", device.name());
+                    log::warn!("{}: refused a message: {error} ({held} more held back)", device.name());
                 }
             }
             Err(error) => break error,
@@ -173,7 +173,8 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 impl<B: Backend> Session<B> {
     fn new(device: Arc<Inner<B>>) -> Self {
         let vrings = (0..device.options().queues).map(|_| Vring::default()).collect();
-        device.reset_writeback(0);
+        // A front end that comes back does not say again what its guest chose.
+        device.set_writeback(device.writeback(), 0);
         Self {
             device,
             features: 0,
@@ -200,6 +201,9 @@ impl<B: Backend> Session<B> {
     /// What starting a ring takes, if all of it has been said.
     fn setup(&self, index: usize) -> Option<Setup> {
         let vring = &self.vrings[index];
+        if self.memory.is_empty() {
+            return None;
+        }
         let (size, addresses, kick) = (vring.size?, vring.addresses?, vring.kick.clone()?);
         let options = self.device.options();
         Some(Setup {
@@ -222,7 +226,6 @@ impl<B: Backend> Session<B> {
             kick,
             call: vring.call.clone(),
             err: vring.err.clone(),
-            enabled: vring.enabled,
         })
     }
 
@@ -352,9 +355,7 @@ impl<B: Backend> VhostUserBackendReqHandlerMut for Session<B> {
             return Err(refused("features cannot change while rings run"));
         }
         self.features = features;
-        if changed != 0 {
-            self.device.reset_writeback(features);
-        }
+        self.device.set_writeback(self.device.writeback(), features);
         if !self.has(feature::PROTOCOL_FEATURES) {
             for index in 0..self.vrings.len() {
                 self.vrings[index].enabled = true;

@@ -72,8 +72,6 @@ pub(crate) struct Setup {
     pub(crate) kick: Event,
     pub(crate) call: Option<Event>,
     pub(crate) err: Option<Event>,
-    /// Whether requests are taken at once.
-    pub(crate) enabled: bool,
 }
 
 /// What the control thread asks of a queue's thread.
@@ -246,7 +244,8 @@ fn run<B: Backend>(
         idle: RefCell::default(),
         unseen: Cell::new(0),
         main: RefCell::new(Waker::noop().clone()),
-        quiet: Quiet::default(),
+        mistakes: Quiet::default(),
+        failures: Quiet::default(),
         common,
     });
     let mut duty = Duty {
@@ -354,7 +353,10 @@ struct Queue<B: Backend> {
     unseen: Cell<u32>,
     /// Wakes [`Duty`].
     main: RefCell<Waker>,
-    quiet: Quiet,
+    /// Holds back what the guest can cause.
+    mistakes: Quiet,
+    /// Holds back what the storage causes.
+    failures: Quiet,
 }
 
 impl<B: Backend> Queue<B> {
@@ -446,7 +448,7 @@ impl<B: Backend> Queue<B> {
             Ok(()) => (STATUS_OK, data_bytes),
             Err(error) => {
                 counters.errors.add(1);
-                if let Some(held) = self.quiet.pass() {
+                if let Some(held) = self.failures.pass() {
                     let name = &self.common.name;
                     log::warn!("{name}: {request:?} failed: {error} ({held} more messages held back)");
                 }
@@ -478,7 +480,7 @@ impl<B: Backend> Queue<B> {
     fn refuse(&self, error: RequestError) -> u8 {
         self.counters().refused.add(1);
         if log::log_enabled!(target: "vhost_blk::data", log::Level::Debug)
-            && let Some(held) = self.quiet.pass()
+            && let Some(held) = self.mistakes.pass()
         {
             log::debug!(
                 target: "vhost_blk::data",
@@ -560,9 +562,9 @@ impl<B: Backend> Duty<'_, B> {
         let mut active = queue.active.borrow_mut();
         match command {
             Command::Start(setup, sender) => {
-                let Setup { memory, addresses, shape, base, rules, kick, call, err, enabled } = *setup;
+                let Setup { memory, addresses, shape, base, rules, kick, call, err } = *setup;
                 let started = Ring::start(memory, addresses, shape, base).map(|ring| {
-                    *active = Some(Active { ring, rules, call, err, enabled, broken: false });
+                    *active = Some(Active { ring, rules, call, err, enabled: true, broken: false });
                     self.kick = Some(self.executor.watch(kick.fd()));
                     self.spin = Duration::ZERO;
                 });
@@ -751,7 +753,7 @@ impl<B: Backend> Duty<'_, B> {
     }
 
     fn tell_broken(&self, error: RingError, err: Option<&Event>) {
-        if let Some(held) = self.queue.quiet.pass() {
+        if let Some(held) = self.queue.mistakes.pass() {
             let (name, index) = (&self.queue.common.name, self.queue.index);
             log::warn!(
                 "{name}: queue {index} is broken and stays stopped until the guest resets it: {error} \
