@@ -19,6 +19,8 @@ mod index;
 pub mod memory;
 mod open;
 mod preserve;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod snapshot;
 mod storage;
 mod tracker;

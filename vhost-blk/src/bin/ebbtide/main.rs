@@ -67,7 +67,7 @@ fn plan_of_program(program: BackendProgram) -> Result<Plan, String> {
     let front_end = match (&program.socket_path, program.fd) {
         (Some(_), None) => FrontEnd::Sockets,
         (None, Some(number)) => match descriptor::take(number) {
-            Some(socket) => FrontEnd::Descriptor(socket),
+            Some(socket) => FrontEnd::of(socket)?,
             None => return Err(format!("--fd {number}: there is no such open descriptor")),
         },
         _ => return Err("say where the front end is: --socket-path or --fd, one of the two".into()),

@@ -33,8 +33,21 @@ const FENCE: Duration = Duration::from_secs(10);
 pub(crate) enum FrontEnd {
     /// On the sockets that the disks name.
     Sockets,
-    /// By an open descriptor, for the one disk.
-    Descriptor(OwnedFd),
+    /// By an open descriptor that listens, for the one disk.
+    Listening(UnixListener),
+    /// By an open descriptor that is connected: the daemon ends with this front end.
+    Connected(UnixStream),
+}
+
+impl FrontEnd {
+    /// What `socket` is, which the program was started with.
+    pub(crate) fn of(socket: OwnedFd) -> Result<Self, String> {
+        let listening = rustix::net::sockopt::socket_acceptconn(&socket);
+        match listening.map_err(|error| format!("the descriptor that --fd names is no socket: {error}"))? {
+            true => Ok(Self::Listening(UnixListener::from(socket))),
+            false => Ok(Self::Connected(UnixStream::from(socket))),
+        }
+    }
 }
 
 /// Everything that `serve` is told.
@@ -84,7 +97,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     let mut created = Vec::new();
     for served in &disks {
         let told = (hub.clone(), served.spec.name.clone(), stop.clone());
-        let ends_with_front_end = matches!(plan.front_end, FrontEnd::Descriptor(_));
+        let ends_with_front_end = matches!(plan.front_end, FrontEnd::Connected(_));
         served.device.on_connection(move |what| {
             let (hub, disk, stop) = &told;
             log::info!(
@@ -130,9 +143,12 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         }
         None => None,
     };
-    if let FrontEnd::Descriptor(socket) = plan.front_end {
-        attach(&disks[0].device, socket)?;
+    match plan.front_end {
+        FrontEnd::Sockets => Ok(()),
+        FrontEnd::Listening(listener) => disks[0].device.listen(listener),
+        FrontEnd::Connected(stream) => disks[0].device.attach(stream),
     }
+    .context("cannot start a thread")?;
     for served in disks.iter() {
         log::info!("{}: serving {}", served.spec.name, served.image_path);
     }
@@ -357,18 +373,6 @@ fn make_directory_of(path: &Path, default: &Path) -> anyhow::Result<()> {
     let directory = paths::runtime_directory();
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
     made.with_context(|| format!("cannot make {}", directory.display()))
-}
-
-/// Serves a front end that comes by an open descriptor, connected or listening.
-fn attach(device: &Device<Arc<Disk<HostStorage>>>, socket: OwnedFd) -> anyhow::Result<()> {
-    let listening = rustix::net::sockopt::socket_acceptconn(&socket);
-    let listening = listening.context("the descriptor that --fd names is no socket")?;
-    let served = if listening {
-        device.listen(UnixListener::from(socket))
-    } else {
-        device.attach(UnixStream::from(socket))
-    };
-    served.context("cannot start a thread")
 }
 
 /// Ends the daemon in order on the signals that ask for it.
