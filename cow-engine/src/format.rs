@@ -392,7 +392,7 @@ mod tests {
         Superblock {
             sequence: 7,
             disk: [1; 16],
-            generation: Generation::random(),
+            generation: Generation::from_bytes([7; 16]),
             boot: [3; 16],
             state: DiskState::Serving,
             epoch: Epoch::new(9),
@@ -409,7 +409,7 @@ mod tests {
             state: SnapshotState::Active,
             disk: [1; 16],
             group: [2; 16],
-            generation: Generation::random(),
+            generation: Generation::from_bytes([7; 16]),
             epoch: Epoch::new(8),
             tracked: true,
             capacity: 1 << 30,
@@ -470,5 +470,56 @@ mod tests {
         assert_eq!(sequence_of(&store_file(u32::MAX)), Some(u32::MAX));
         assert_eq!(sequence_of("superblock"), None);
         assert_eq!(sequence_of("+000000042.index"), None);
+    }
+
+    /// The rows of the table under `heading` in FORMAT.md: offset, bytes, field.
+    fn documented(heading: &str) -> Vec<(usize, usize, String)> {
+        let text = include_str!("../FORMAT.md");
+        let section = text.split(&format!("\n## {heading}\n")).nth(1).expect("the section exists");
+        let section = section.split("\n## ").next().unwrap_or(section);
+        let rows =
+            section.lines().filter(|line| line.starts_with("| ") && line.as_bytes()[2].is_ascii_digit());
+        rows.map(|row| {
+            let cells: Vec<_> = row.split('|').map(str::trim).collect();
+            (cells[1].parse().unwrap(), cells[2].parse().unwrap(), cells[4].to_owned())
+        })
+        .collect()
+    }
+
+    macro_rules! fields {
+        ($type:ty: $($field:ident),* $(,)?) => {
+            vec![$((std::mem::offset_of!($type, $field), stringify!($field).to_owned())),*]
+        };
+    }
+
+    #[test]
+    fn the_written_format_is_the_code() {
+        let superblock = fields!(RawSuperblock: magic, version, state, sequence, disk, generation, boot, epoch,
+            path_len, block_bytes, capacity, device, inode, image_len, mtime_ns, path, checksum);
+        let head = fields!(RawSnapshotHeader: magic, version, state, sequence, epoch, disk, group, generation,
+            capacity, created_ns, grain_bytes, flags, name_len, reason_len, name, reason, checksum);
+        let record = fields!(RawRecord: key, slot, checksum);
+        for (heading, size, fields) in [
+            ("Superblock", size_of::<RawSuperblock>(), superblock),
+            ("Snapshot head", size_of::<RawSnapshotHeader>(), head),
+            ("Record", RECORD, record),
+        ] {
+            let rows = documented(heading);
+            let places: Vec<_> = rows.iter().map(|(offset, _, field)| (*offset, field.clone())).collect();
+            assert_eq!(places, fields, "{heading}");
+            let ends: Vec<_> = rows.iter().map(|(offset, bytes, _)| offset + bytes).collect();
+            let starts: Vec<_> = rows.iter().skip(1).map(|row| row.0).chain([size]).collect();
+            assert_eq!(ends, starts, "{heading}: no gaps");
+        }
+    }
+
+    #[test]
+    fn an_image_of_the_format_reads_the_same_for_ever() {
+        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/superblock-1")).unwrap();
+        assert_eq!(Superblock::from_page(&page), Some(superblock()));
+        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/snapshot-1.index")).unwrap();
+        assert_eq!(SnapshotHeader::from_page(&page), Some(header()));
+        let (record, _) = RawRecord::read_from_prefix(&page[PAGE..]).unwrap();
+        assert_eq!(record.check(&[1; 16], 3, 0), Some((Key::map_page(5), Slot::Zero)));
     }
 }

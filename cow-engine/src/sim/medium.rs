@@ -1,0 +1,363 @@
+//! Files and directories of the simulated host: what readers see, and what would outlive a power cut.
+//!
+//! Invariant: a sector that is neither dirty nor lost is the same in the cache and on the medium.
+//! Absent: time. Every function here acts at once; the scheduler decides when it is called.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::SeqCst;
+
+use cbt::CELLS_PER_PAGE;
+
+use super::FileKind;
+use super::random::Random;
+
+pub(super) const PAGE: usize = 4096;
+pub(super) const SECTOR: usize = 512;
+
+/// A page of a file. Its sectors are the bits of the masks.
+struct Page {
+    data: Box<[u8; PAGE]>,
+    /// On the medium, for sectors that are dirty or lost.
+    old: Option<Box<[u8; PAGE]>>,
+    /// Written since the last sync.
+    dirty: u8,
+    /// Dirty when a sync failed: the kernel does not write them again, so no later sync helps.
+    lost: u8,
+    hole: bool,
+}
+
+impl Page {
+    fn hole() -> Self {
+        Self { data: Box::new([0; PAGE]), old: None, dirty: 0, lost: 0, hole: true }
+    }
+
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        let mask = mask_of(at..at + bytes.len());
+        let fresh = mask & !(self.dirty | self.lost);
+        if fresh != 0 {
+            let old = self.old.get_or_insert_with(|| self.data.clone());
+            for sector in sectors_of(fresh) {
+                old[sector.clone()].copy_from_slice(&self.data[sector]);
+            }
+        }
+        self.dirty |= mask;
+        self.data[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn clean(&mut self, mask: u8) {
+        self.dirty &= !mask;
+        self.lost &= !mask;
+        if self.dirty | self.lost == 0 {
+            self.old = None;
+        }
+    }
+}
+
+fn mask_of(bytes: Range<usize>) -> u8 {
+    (bytes.start / SECTOR..bytes.end.div_ceil(SECTOR)).fold(0, |mask, sector| mask | 1 << sector)
+}
+
+fn sectors_of(mask: u8) -> impl Iterator<Item = Range<usize>> {
+    (0..PAGE / SECTOR)
+        .filter(move |sector| mask & (1 << sector) != 0)
+        .map(|sector| sector * SECTOR..(sector + 1) * SECTOR)
+}
+
+/// The parts of a range of bytes in each page: page, place in the page, place in the range.
+fn parts(at: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>, Range<usize>)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done == len {
+            return None;
+        }
+        let here = at + done as u64;
+        let skip = usize::try_from(here % PAGE as u64).unwrap_or(0);
+        let n = (PAGE - skip).min(len - done);
+        let part = (here / PAGE as u64, skip..skip + n, done..done + n);
+        done += n;
+        Some(part)
+    })
+}
+
+/// The mapping of a file of cells: the same memory for every process of one boot.
+struct Mapped {
+    cells: Arc<[AtomicU32]>,
+    synced: Vec<u32>,
+}
+
+/// Pages, and their sectors, that a sync has to make durable.
+pub(super) type Captured = Vec<(u64, u8)>;
+
+pub(super) struct File {
+    pub(super) kind: FileKind,
+    pub(super) len: u64,
+    durable_len: u64,
+    pub(super) mtime: u64,
+    durable_mtime: u64,
+    pub(super) failed_syncs: u64,
+    pages: BTreeMap<u64, Page>,
+    mapped: Option<Mapped>,
+}
+
+impl File {
+    pub(super) fn new(kind: FileKind, len: u64) -> Self {
+        Self {
+            kind,
+            len,
+            durable_len: if kind == FileKind::Image { len } else { 0 },
+            mtime: 0,
+            durable_mtime: 0,
+            failed_syncs: 0,
+            pages: BTreeMap::new(),
+            mapped: None,
+        }
+    }
+
+    pub(super) fn read(&self, at: u64, out: &mut [u8]) {
+        for (page, place, part) in parts(at, out.len()) {
+            match self.pages.get(&page) {
+                Some(page) => out[part].copy_from_slice(&page.data[place]),
+                None => out[part].fill(0),
+            }
+        }
+    }
+
+    pub(super) fn write(&mut self, at: u64, bytes: &[u8], now: u64) {
+        for (page, place, part) in parts(at, bytes.len()) {
+            let page = self.pages.entry(page).or_insert_with(Page::hole);
+            page.hole = false;
+            page.write(place.start, &bytes[part]);
+        }
+        self.len = self.len.max(at + bytes.len() as u64);
+        self.mtime = now;
+    }
+
+    /// Zeros a range; whole pages become holes if `unmap`.
+    pub(super) fn zero(&mut self, at: u64, len: usize, unmap: bool, now: u64) {
+        for (index, place, _) in parts(at, len) {
+            if unmap && !self.pages.contains_key(&index) {
+                continue;
+            }
+            let page = self.pages.entry(index).or_insert_with(Page::hole);
+            page.write(place.start, &[0; PAGE][..place.len()]);
+            page.hole = (page.hole || place.len() == PAGE) && unmap;
+        }
+        self.mtime = now;
+    }
+
+    /// Whether the page of byte `at` is a hole.
+    pub(super) fn is_hole(&self, at: u64) -> bool {
+        self.pages.get(&(at / PAGE as u64)).is_none_or(|page| page.hole)
+    }
+
+    /// What a sync that begins now has to make durable.
+    pub(super) fn capture(&self) -> Captured {
+        let dirty = self.pages.iter().filter(|(_, page)| page.dirty != 0);
+        dirty.map(|(&index, page)| (index, page.dirty)).collect()
+    }
+
+    pub(super) fn finish_sync(&mut self, captured: &Captured) {
+        for (index, mask) in captured {
+            if let Some(page) = self.pages.get_mut(index) {
+                // Lost sectors stay lost unless they were written again.
+                let dirty = page.dirty & mask;
+                page.clean(dirty);
+            }
+        }
+        self.durable_len = self.len;
+        self.durable_mtime = self.mtime;
+    }
+
+    /// A sync failed: what it should have written counts as clean, and may or may not be there.
+    pub(super) fn fail_sync(&mut self, captured: &Captured) {
+        for (index, mask) in captured {
+            if let Some(page) = self.pages.get_mut(index) {
+                page.lost |= page.dirty & mask;
+                page.dirty &= !mask;
+            }
+        }
+        self.failed_syncs += 1;
+    }
+
+    /// A durable write of this range has ended.
+    pub(super) fn finish_durable(&mut self, at: u64, len: usize) {
+        for (index, place, _) in parts(at, len) {
+            if let Some(page) = self.pages.get_mut(&index) {
+                page.clean(mask_of(place));
+            }
+        }
+    }
+
+    pub(super) fn allocate(&mut self, len: u64) {
+        self.len = self.len.max(len);
+    }
+
+    /// The mapping's cells; made of the file's bytes the first time.
+    pub(super) fn map(&mut self, count: usize) -> Arc<[AtomicU32]> {
+        if let Some(mapped) = self.mapped.as_ref().filter(|mapped| mapped.cells.len() >= count) {
+            return mapped.cells.clone();
+        }
+        let cells: Arc<[AtomicU32]> = (0..count).map(|_| AtomicU32::new(0)).collect();
+        self.mapped = Some(Mapped { cells: cells.clone(), synced: vec![0; count] });
+        cells
+    }
+
+    pub(super) fn is_mapped_as(&self, cells: &Arc<[AtomicU32]>) -> bool {
+        self.mapped.as_ref().is_some_and(|mapped| Arc::ptr_eq(&mapped.cells, cells))
+    }
+
+    pub(super) fn sync_cells(&mut self) {
+        if let Some(mapped) = &mut self.mapped {
+            mapped.synced = mapped.cells.iter().map(|cell| cell.load(SeqCst)).collect();
+        }
+        self.durable_len = self.len;
+    }
+
+    /// The cells as they are, to be put back by [`File::restore_cells`].
+    pub(super) fn cells_now(&self) -> Option<Vec<u32>> {
+        self.mapped.as_ref().map(|mapped| mapped.cells.iter().map(|cell| cell.load(SeqCst)).collect())
+    }
+
+    pub(super) fn restore_cells(&mut self, then: &[u32]) {
+        if let Some(mapped) = &mut self.mapped {
+            for (cell, then) in mapped.cells.iter().zip(then) {
+                cell.store(*then, SeqCst);
+            }
+        }
+    }
+
+    /// What was not synced is, sector by sector, there or not.
+    pub(super) fn power_cut(&mut self, random: &mut Random) {
+        let keep = Keep::random(random);
+        for page in self.pages.values_mut() {
+            let unsynced = page.dirty | page.lost;
+            if let Some(old) = &page.old {
+                for sector in sectors_of(unsynced) {
+                    if !keep.flip(random) {
+                        page.data[sector.clone()].copy_from_slice(&old[sector]);
+                        page.hole = false;
+                    }
+                }
+            }
+            page.clean(unsynced);
+        }
+        if self.len != self.durable_len && !keep.flip(random) {
+            self.cut_to(self.durable_len);
+        }
+        self.durable_len = self.len;
+        if !keep.flip(random) {
+            self.mtime = self.durable_mtime;
+        }
+        self.durable_mtime = self.mtime;
+        if let Some(mapped) = self.mapped.take() {
+            let keep = Keep::random(random);
+            let mut values: Vec<u32> = mapped.cells.iter().map(|cell| cell.load(SeqCst)).collect();
+            for (now, then) in values.chunks_mut(CELLS_PER_PAGE).zip(mapped.synced.chunks(CELLS_PER_PAGE)) {
+                if !keep.flip(random) {
+                    now.copy_from_slice(then);
+                }
+            }
+            values.resize(mapped.cells.len().min(usize::try_from(self.len / 4).unwrap_or(0)), 0);
+            if !values.is_empty() {
+                // New memory: whoever still held the old mapping is gone.
+                let cells = values.iter().map(|&value| AtomicU32::new(value)).collect();
+                self.mapped = Some(Mapped { cells, synced: values });
+            }
+        }
+    }
+
+    fn cut_to(&mut self, len: u64) {
+        self.len = len;
+        let (whole, rest) = (len / PAGE as u64, usize::try_from(len % PAGE as u64).unwrap_or(0));
+        let beyond = self.pages.split_off(&whole);
+        if let Some(mut page) = beyond.into_values().next().filter(|_| rest != 0) {
+            page.data[rest..].fill(0);
+            self.pages.insert(whole, page);
+        }
+    }
+}
+
+/// How much of what was not synced a power cut leaves.
+#[derive(Clone, Copy)]
+enum Keep {
+    All,
+    None,
+    Some(u64),
+}
+
+impl Keep {
+    fn random(random: &mut Random) -> Self {
+        match random.below(6) {
+            0 => Self::All,
+            1 => Self::None,
+            n => Self::Some(n),
+        }
+    }
+
+    fn flip(self, random: &mut Random) -> bool {
+        match self {
+            Self::All => true,
+            Self::None => false,
+            Self::Some(of) => random.below(7) < of,
+        }
+    }
+}
+
+enum Change {
+    Made(String, u64),
+    Removed(String),
+}
+
+/// A directory: its names now, and its names on the medium.
+#[derive(Default)]
+pub(super) struct Dir {
+    pub(super) names: BTreeMap<String, u64>,
+    durable: BTreeMap<String, u64>,
+    pending: Vec<Change>,
+}
+
+impl Dir {
+    pub(super) fn add(&mut self, name: &str, file: u64) {
+        self.names.insert(name.to_owned(), file);
+        self.pending.push(Change::Made(name.to_owned(), file));
+    }
+
+    pub(super) fn remove(&mut self, name: &str) -> bool {
+        let was = self.names.remove(name).is_some();
+        if was {
+            self.pending.push(Change::Removed(name.to_owned()));
+        }
+        was
+    }
+
+    /// Whether a name leads to `file`, or would after a power cut.
+    pub(super) fn holds(&self, file: u64) -> bool {
+        let made = |change: &Change| matches!(change, Change::Made(_, made) if *made == file);
+        self.names.values().chain(self.durable.values()).any(|&named| named == file)
+            || self.pending.iter().any(made)
+    }
+
+    pub(super) fn sync(&mut self) {
+        self.durable.clone_from(&self.names);
+        self.pending.clear();
+    }
+
+    /// Of the changes since the last sync, a random beginning is kept: a journal keeps their order.
+    pub(super) fn power_cut(&mut self, random: &mut Random) {
+        let keep = random.index(self.pending.len() + 1);
+        for change in self.pending.drain(..).take(keep) {
+            match change {
+                Change::Made(name, file) => {
+                    self.durable.insert(name, file);
+                }
+                Change::Removed(name) => {
+                    self.durable.remove(&name);
+                }
+            }
+        }
+        self.names.clone_from(&self.durable);
+    }
+}

@@ -1,0 +1,263 @@
+//! The [`Storage`] seam on the simulated host.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use cbt::{ByteRange, Cells};
+
+use super::FileKind;
+use super::medium::PAGE;
+use super::world::{OpKind, Work, World};
+use crate::memory::{Source, Target};
+use crate::{Durability, Extent, Identity, Storage, Zeroing};
+
+/// Files of a simulated host; see [`crate::sim`].
+#[derive(Clone)]
+pub struct SimStorage {
+    world: Rc<RefCell<World>>,
+}
+
+/// An open file of a simulated host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SimFile {
+    id: u64,
+    kind: FileKind,
+}
+
+impl SimFile {
+    pub(super) fn new(id: u64, kind: FileKind) -> Self {
+        Self { id, kind }
+    }
+
+    pub(super) fn id(self) -> u64 {
+        self.id
+    }
+}
+
+/// A directory of a simulated host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SimDir(usize);
+
+impl SimDir {
+    pub(super) fn new(index: usize) -> Self {
+        Self(index)
+    }
+
+    pub(super) fn index(self) -> usize {
+        self.0
+    }
+}
+
+/// The shared mapping of a file of cells.
+#[derive(Clone, Debug)]
+pub struct SimCells(Arc<[AtomicU32]>);
+
+impl Cells for SimCells {
+    fn cells(&self) -> &[AtomicU32] {
+        &self.0
+    }
+}
+
+/// Waits for an operation, and takes it along when dropped.
+struct Waiting {
+    world: Rc<RefCell<World>>,
+    id: Option<u64>,
+}
+
+impl Future for Waiting {
+    type Output = io::Result<Vec<u8>>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(id) = self.id else { return Poll::Pending };
+        let done = {
+            let mut world = self.world.borrow_mut();
+            let Some(at) = world.ops.iter().position(|op| op.id == id) else { return Poll::Pending };
+            let op = &mut world.ops[at];
+            match op.done.take() {
+                None => {
+                    op.waker = Some(cx.waker().clone());
+                    return Poll::Pending;
+                }
+                Some(done) => {
+                    world.forget(at);
+                    done
+                }
+            }
+        };
+        self.id = None;
+        Poll::Ready(done)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.world.borrow_mut().drop_op(id);
+        }
+    }
+}
+
+impl SimStorage {
+    pub(super) fn new(world: Rc<RefCell<World>>) -> Self {
+        Self { world }
+    }
+
+    fn start(&self, file: u64, work: Work) -> Waiting {
+        let mut world = self.world.borrow_mut();
+        let id = (!world.dead).then(|| world.begin(file, work));
+        Waiting { world: self.world.clone(), id }
+    }
+
+    fn call(&self, op: OpKind) -> io::Result<()> {
+        self.world.borrow_mut().call(op, FileKind::State)
+    }
+
+    /// Lets others have a turn.
+    pub async fn turn(&self) {
+        let _ = self.start(0, Work::Turn).await;
+    }
+
+    /// What a host would tell of an image.
+    pub fn identity(&self, file: SimFile) -> Identity {
+        let mut world = self.world.borrow_mut();
+        let held = world.file(file.id);
+        Identity { device: 1, inode: file.id, len: held.len, mtime_ns: held.mtime.cast_signed() }
+    }
+
+    /// Syncs of `file` that have failed so far.
+    pub fn failed_syncs(&self, file: SimFile) -> u64 {
+        self.world.borrow_mut().file(file.id).failed_syncs
+    }
+
+    /// Whether the process has come to the step at which it dies: what it learns now, nobody hears.
+    pub fn is_dead(&self) -> bool {
+        self.world.borrow().dead
+    }
+}
+
+impl Storage for SimStorage {
+    type File = SimFile;
+    type Dir = SimDir;
+    type Cells = SimCells;
+
+    async fn read(&self, file: &SimFile, at: u64, mut into: Target<'_>) -> io::Result<()> {
+        let bytes = self.start(file.id, Work::Read { at, buffer: vec![0; into.len()] }).await?;
+        into.copy_from(0, &bytes);
+        Ok(())
+    }
+
+    async fn write(
+        &self,
+        file: &SimFile,
+        at: u64,
+        from: Source<'_>,
+        durability: Durability,
+    ) -> io::Result<()> {
+        let mut bytes = vec![0; from.len()];
+        from.copy_to(0, &mut bytes);
+        let durable = durability == Durability::Durable;
+        self.start(file.id, Work::Write { at, bytes, durable }).await.map(drop)
+    }
+
+    async fn sync(&self, file: &SimFile) -> io::Result<()> {
+        let captured = self.world.borrow_mut().file(file.id).capture();
+        self.start(file.id, Work::Sync { captured }).await.map(drop)
+    }
+
+    async fn zero(&self, file: &SimFile, range: ByteRange, zeroing: Zeroing) -> io::Result<()> {
+        let supported = {
+            let world = self.world.borrow();
+            match zeroing {
+                Zeroing::Unmap => world.unmap_supported,
+                Zeroing::Keep => world.keep_supported,
+            }
+        };
+        if !supported {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let len = usize::try_from(range.len()).map_err(io::Error::other)?;
+        let unmap = zeroing == Zeroing::Unmap;
+        self.start(file.id, Work::Zero { at: range.start(), len, unmap }).await.map(drop)
+    }
+
+    fn extents(&self, file: &SimFile, range: ByteRange) -> io::Result<Vec<Extent>> {
+        let mut world = self.world.borrow_mut();
+        let file = world.file(file.id);
+        let mut extents = Vec::new();
+        let mut at = range.start();
+        while at < range.end() {
+            let end = ((at / PAGE as u64 + 1) * PAGE as u64).min(range.end());
+            extents.push(Extent { range: ByteRange::new(at, end), hole: file.is_hole(at) });
+            at = end;
+        }
+        Ok(extents)
+    }
+
+    fn len(&self, file: &SimFile) -> io::Result<u64> {
+        Ok(self.world.borrow_mut().file(file.id).len)
+    }
+
+    fn allocate(&self, file: &SimFile, len: u64) -> io::Result<()> {
+        self.call(OpKind::Allocate)?;
+        self.world.borrow_mut().file(file.id).allocate(len);
+        Ok(())
+    }
+
+    fn map(&self, file: &SimFile, count: usize) -> io::Result<SimCells> {
+        Ok(SimCells(self.world.borrow_mut().file(file.id).map(count)))
+    }
+
+    fn sync_cells(&self, cells: &SimCells) -> io::Result<()> {
+        self.call(OpKind::SyncCells)?;
+        let mut world = self.world.borrow_mut();
+        if let Some(file) = world.files.values_mut().find(|file| file.is_mapped_as(&cells.0)) {
+            file.sync_cells();
+        }
+        Ok(())
+    }
+
+    fn create(&self, dir: &SimDir, name: &str) -> io::Result<SimFile> {
+        self.call(OpKind::Create)?;
+        let mut world = self.world.borrow_mut();
+        if world.dirs[dir.0].names.contains_key(name) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let id = world.add_file(FileKind::State, 0);
+        world.dirs[dir.0].add(name, id);
+        Ok(SimFile::new(id, FileKind::State))
+    }
+
+    fn open(&self, dir: &SimDir, name: &str) -> io::Result<SimFile> {
+        self.call(OpKind::Open)?;
+        let id = self.world.borrow().dirs[dir.0].names.get(name).copied();
+        let id = id.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        Ok(SimFile::new(id, FileKind::State))
+    }
+
+    fn remove(&self, dir: &SimDir, name: &str) -> io::Result<()> {
+        self.call(OpKind::Remove)?;
+        let removed = self.world.borrow_mut().dirs[dir.0].remove(name);
+        if removed { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    fn list(&self, dir: &SimDir) -> io::Result<Vec<String>> {
+        Ok(self.world.borrow().dirs[dir.0].names.keys().cloned().collect())
+    }
+
+    fn sync_dir(&self, dir: &SimDir) -> io::Result<()> {
+        self.call(OpKind::SyncDir)?;
+        self.world.borrow_mut().dirs[dir.0].sync();
+        Ok(())
+    }
+
+    async fn sleep(&self, _time: Duration) {
+        let _ = self.start(0, Work::Timer).await;
+    }
+}
