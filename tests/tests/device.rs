@@ -330,10 +330,18 @@ fn memory_comes_and_goes_while_rings_run() -> Result<()> {
     Ok(())
 }
 
+/// Descriptors that are open when all queues of `vda` have been used once: a queue's thread may stay.
+fn descriptors_after_first_use(daemon: &Daemon) -> Result<usize> {
+    let mut client = daemon.connect("vda", &Options { queues: 4, ..Options::default() })?;
+    client.read(0, 512)?;
+    drop(client);
+    Ok(daemon.resting_descriptors()?.len())
+}
+
 #[test]
 fn front_ends_come_and_go_and_leave_nothing_behind() -> Result<()> {
     let daemon = common::one_disk(EBBTIDE)?;
-    let before = daemon.resting_descriptors()?.len();
+    let before = descriptors_after_first_use(&daemon)?;
     for round in 0..60_u8 {
         let mut client = daemon.connect("vda", &Options { queues: 4, ..Options::default() })?;
         client.write(u64::from(round), &[round; 512])?;
@@ -356,8 +364,8 @@ fn front_ends_come_and_go_and_leave_nothing_behind() -> Result<()> {
 fn a_front_end_may_die_in_the_middle_of_requests() -> Result<()> {
     let disks = [Disk::default(), Disk { name: "vdb", ..Disk::default() }];
     let mut daemon = Daemon::start(EBBTIDE, &disks)?;
-    let before = daemon.resting_descriptors()?.len();
     let mut other = daemon.connect("vdb", &Options::default())?;
+    let before = descriptors_after_first_use(&daemon)?;
     for round in 0..20 {
         let mut client = daemon.connect("vda", &Options::default())?;
         for number in 0..60 {
@@ -369,7 +377,6 @@ fn a_front_end_may_die_in_the_middle_of_requests() -> Result<()> {
         other.write(round, &[3; 512])?;
         ensure!(other.read(round, 512)? == [3; 512], "the other disk, round {round}");
     }
-    drop(other);
     ensure!(daemon.server().is_alive());
     let mut client = daemon.connect("vda", &Options::default())?;
     client.write(0, &[4; 512])?;
@@ -398,8 +405,8 @@ fn a_killed_daemon_comes_back_with_what_was_written() -> Result<()> {
     Ok(())
 }
 
-/// A way to spoil one request, and whether the device must refuse it with an error status: `None`
-/// where it may also leave the chain alone or finish it.
+/// A way to spoil one request, and whether it must come back, and not as done: otherwise the device
+/// may also leave the chain alone or do what can be done.
 struct Spoiled {
     what: &'static str,
     chain: Vec<Descriptor>,
@@ -496,7 +503,7 @@ fn spoiled_chains_hurt_nobody() -> Result<()> {
         if *refused {
             queue.wait().with_context(|| (*what).to_owned())?;
             let code = client.memory.load(state, 1)[0];
-            ensure!(code == status::IOERR || code == status::UNSUPP, "{what}: status {code}");
+            ensure!(code != status::OK, "{what} is no error");
             // It was one bad request, not a bad guest: the ring goes on.
             client.read(0, 512).with_context(|| format!("the same ring after {what}"))?;
         } else {
@@ -593,7 +600,7 @@ fn spoiled_rings_hurt_nobody() -> Result<()> {
         }),
     ];
     let (mut daemon, mut witness) = victim_and_witness()?;
-    let before = daemon.resting_descriptors()?.len();
+    let before = descriptors_after_first_use(&daemon)?;
     for (what, spoil) in spoils {
         let mut client = daemon.connect("vda", &Options::default())?;
         spoil(&mut client).with_context(|| what.to_owned())?;
@@ -607,7 +614,7 @@ fn spoiled_rings_hurt_nobody() -> Result<()> {
 #[test]
 fn spoiled_messages_hurt_nobody() -> Result<()> {
     let (mut daemon, mut witness) = victim_and_witness()?;
-    let before = daemon.resting_descriptors()?.len();
+    let before = descriptors_after_first_use(&daemon)?;
     let pair = |a: u32, b: u32| [a.to_le_bytes(), b.to_le_bytes()].concat();
     let region = |gpa: u64, size: u64, user: u64, offset: u64| {
         [0, gpa, size, user, offset].map(u64::to_le_bytes).concat()
