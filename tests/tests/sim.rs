@@ -1,0 +1,114 @@
+//! The engine on a simulated host: random work, crashes and faults, judged by the oracle.
+//!
+//! A seed makes a host, one or two disks and a way of working, then some rounds of: open (perhaps cut
+//! off, perhaps several times), judge what is there, work with several queues, an administrator and
+//! readers until a crash at a random step or a clean close. At the end all snapshots are deleted, and
+//! none of their files may be left.
+//!
+//! `SEED=n` runs one seed, `SEED=<commit>` as many as usual from a place of its own, `SEEDS=n` as many
+//! as that. A failure prints how to come back.
+
+#![forbid(unsafe_code)]
+
+#[path = "sim/rig.rs"]
+mod rig;
+#[path = "sim/work.rs"]
+mod work;
+
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use cow_engine::sim::Defect;
+use rig::Profile;
+
+thread_local! {
+    /// Where the run of this thread is, for the message of a failure.
+    static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Seeds that a test runs unless told otherwise.
+const USUAL: u64 = 260;
+
+/// The first seed and how many, of the environment.
+fn seeds(first: u64) -> (u64, u64) {
+    let count = std::env::var("SEEDS").ok().and_then(|text| text.parse().ok());
+    match std::env::var("SEED") {
+        Err(_) => (first, count.unwrap_or(USUAL)),
+        Ok(text) => match text.parse() {
+            Ok(seed) => (seed, count.unwrap_or(1)),
+            Err(_) => {
+                let hash = |sum: u64, byte: u8| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+                (text.bytes().fold(0xcbf2_9ce4_8422_2325, hash) >> 8, count.unwrap_or(USUAL))
+            }
+        },
+    }
+}
+
+/// Runs one seed; what was wrong, and where.
+fn run(seed: u64, profile: Profile) -> Result<(), String> {
+    let run = catch_unwind(AssertUnwindSafe(|| {
+        rig::run(seed, profile, &|place| PLACE.with_borrow_mut(|held| place.clone_into(held)));
+    }));
+    run.map_err(|payload| {
+        let text = payload.downcast_ref::<String>().cloned();
+        text.or_else(|| payload.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
+    })
+}
+
+/// Runs the seeds of a test.
+fn suite(test: &str, first: u64, profile: Profile) {
+    let (first, count) = seeds(first);
+    for (nth, seed) in (first..first.saturating_add(count)).enumerate() {
+        if let Err(what) = run(seed, profile) {
+            panic!(
+                "{what}\nseed={seed} (number {} of {count}) crash_at={}\nrerun: SEED={seed} cargo test -p ebbtide-tests --test sim {test}",
+                nth + 1,
+                PLACE.with_borrow(Clone::clone),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_kill_loses_nothing() {
+    suite("a_kill_loses_nothing", 1_000_000, Profile { power: 0, ..Profile::STRICT });
+}
+
+#[test]
+fn a_power_cut_begins_a_new_generation() {
+    suite("a_power_cut_begins_a_new_generation", 2_000_000, Profile { power: 5, ..Profile::STRICT });
+}
+
+#[test]
+fn starts_and_stops_are_cut_off_anywhere() {
+    let profile = Profile { power: 2, restless: true, ..Profile::STRICT };
+    suite("starts_and_stops_are_cut_off_anywhere", 3_000_000, profile);
+}
+
+#[test]
+fn faults_break_snapshots_and_nothing_else() {
+    let profile = Profile { power: 2, faults: true, ..Profile::STRICT };
+    suite("faults_break_snapshots_and_nothing_else", 4_000_000, profile);
+}
+
+/// A medium that breaks its promises must be noticed, or the net has a hole.
+fn canary(first: u64, defect: Defect, profile: Profile) {
+    let noticed =
+        (first..first + 40).filter(|&seed| run(seed, Profile { defect: Some(defect), ..profile }).is_err());
+    assert!(noticed.take(3).count() == 3, "{defect:?} went unnoticed");
+}
+
+#[test]
+fn the_net_holds_forgotten_writes_of_the_store() {
+    canary(5_000_000, Defect::ForgetsStateWrites, Profile::STRICT);
+}
+
+#[test]
+fn the_net_holds_stores_that_answer_early() {
+    canary(6_000_000, Defect::AnswersStateWritesEarly, Profile::STRICT);
+}
+
+#[test]
+fn the_net_holds_flushes_that_do_nothing() {
+    canary(7_000_000, Defect::IgnoresImageSyncs, Profile { power: 8, ..Profile::STRICT });
+}

@@ -1,0 +1,469 @@
+//! The life of a simulated host: opening, work, crashes, closing, and what must be so after each.
+
+use std::cell::{Cell, RefCell};
+use std::io::ErrorKind;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cow_engine::cbt::BlockGrid;
+use cow_engine::sim::{Defect, FileKind, OpKind, Random, Rule, Sim, SimDir};
+use cow_engine::{Disk, DiskOptions, Error, OpenReport, group};
+use ebbtide_tests::oracle::{Fate, Oracle, SECTOR, stamp};
+
+use crate::work::{self, Mix, Shared, SimDisk};
+
+/// What a test looks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Profile {
+    /// Of ten crashes so many are power cuts.
+    pub(crate) power: u64,
+    /// Operations fail now and then.
+    pub(crate) faults: bool,
+    /// Opening and closing are cut off more often than not, and block sizes change.
+    pub(crate) restless: bool,
+    /// What is wrong with the medium.
+    pub(crate) defect: Option<Defect>,
+}
+
+impl Profile {
+    /// Nothing fails but by crashes, half of them power cuts.
+    pub(crate) const STRICT: Self = Self { power: 3, faults: false, restless: false, defect: None };
+}
+
+/// How sure it is that a disk was closed in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clean {
+    No,
+    Maybe,
+    Yes,
+}
+
+/// A disk's files, and how they were left.
+struct Spec {
+    dir: SimDir,
+    /// Block sizes that it is opened with; 0 for no tracking.
+    blocks: Vec<u64>,
+    block: u64,
+    clean: Clean,
+    power: bool,
+    edited: bool,
+    /// Openings that were cut off since the last that was not.
+    attempts: u64,
+    /// One of them was with another block size.
+    other_block: bool,
+}
+
+struct Rig<'a> {
+    sim: Sim,
+    shared: Rc<Shared>,
+    specs: Vec<Spec>,
+    random: Random,
+    profile: Profile,
+    rules: Vec<Rule>,
+    mix: Mix,
+    place: &'a dyn Fn(&str),
+    round: u64,
+}
+
+/// Runs the life that `seed` draws.
+///
+/// # Panics
+/// If anything is not as the oracle allows.
+pub(crate) fn run(seed: u64, profile: Profile, place: &dyn Fn(&str)) {
+    let mut rig = Rig::new(seed, profile, place);
+    let rounds = rig.random.within(2..6);
+    for round in 0..rounds {
+        rig.round = round;
+        let disks = rig.open();
+        rig.judge(&disks);
+        rig.work(disks);
+    }
+    rig.end();
+}
+
+impl<'a> Rig<'a> {
+    fn new(seed: u64, profile: Profile, place: &'a dyn Fn(&str)) -> Self {
+        let mut random = Random::new(seed ^ 0x5eed);
+        let sim = Sim::new(seed);
+        sim.set_defect(profile.defect);
+        let unmap_works = !random.one_in(4);
+        sim.set_zeroing(unmap_works, !random.one_in(3));
+        let mut oracle = Oracle::default();
+        let (mut specs, mut images, mut spots) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..random.within(1..3) {
+            let small = profile.restless && !random.one_in(3) || random.one_in(3);
+            let sectors = match small {
+                true => random.within(16..1200),
+                false => random.within(8200..12000),
+            };
+            let sectors = if random.one_in(3) { sectors } else { sectors / 8 * 8 };
+            let capacity = sectors * SECTOR as u64;
+            let first = *random.pick(&[4096, 4096, 4096, 8192, 65536]);
+            let mut blocks = vec![first];
+            if profile.restless && random.one_in(2) || random.one_in(6) {
+                blocks.push(*random.pick(&[0, 4096, 16384, 65536]));
+            }
+            oracle.add_disk(capacity);
+            images.push(sim.add_image(capacity));
+            // The end, a border of a page of the map, and anywhere.
+            let border = (first * 1024 / SECTOR as u64).min(sectors - 1);
+            let mut near = vec![0, sectors - 1, border, border];
+            near.extend((0..random.within(1..4)).map(|_| random.below(sectors)));
+            spots.push(near);
+            specs.push(Spec {
+                dir: sim.add_dir(),
+                block: first,
+                blocks,
+                clean: Clean::No,
+                power: false,
+                edited: false,
+                attempts: 0,
+                other_block: false,
+            });
+        }
+        let mut weight = |of: &[u64]| *random.pick(of);
+        let mix = Mix {
+            read: weight(&[0, 2, 6]),
+            write: weight(&[6, 10]),
+            discard: weight(&[0, 1, 3]),
+            zeroes: weight(&[0, 1, 3]),
+            flush: weight(&[0, 1, 3]),
+            fua: weight(&[0, 3, 10]),
+            long: weight(&[0, 30, 100]),
+        };
+        let rules = if profile.faults { rules(&mut random) } else { Vec::new() };
+        let shared = Rc::new(Shared {
+            io: sim.storage(),
+            oracle: RefCell::new(oracle),
+            failed_syncs: images.iter().map(|_| Cell::new(0)).collect(),
+            images,
+            spots,
+            strict: !profile.faults,
+            unmap_works,
+            next_name: Cell::new(0),
+        });
+        Self { sim, shared, specs, random, profile, rules, mix, place, round: 0 }
+    }
+
+    fn at(&self, phase: &str, crash_at: u64) {
+        let now = self.sim.steps();
+        let crash_at = now.checked_add(crash_at).map_or("never".to_owned(), |step| step.to_string());
+        (self.place)(&format!("{crash_at} ({phase} in round {}, from step {now})", self.round));
+    }
+
+    /// A step at which a phase of some `usual` steps is cut off, or never.
+    fn cut_off(&mut self, usual: u64) -> u64 {
+        let odds = if self.profile.restless { 2 } else { 6 };
+        if self.random.one_in(odds) { self.random.within(1..usual) } else { u64::MAX }
+    }
+
+    /// The process or the host ends here.
+    fn crash(&mut self) {
+        self.shared.note_failed_syncs();
+        if self.random.below(10) < self.profile.power {
+            self.sim.power_cut();
+            for spec in &mut self.specs {
+                spec.power = true;
+            }
+        } else {
+            self.sim.kill();
+        }
+        self.shared.oracle.borrow_mut().crash();
+    }
+
+    /// Opens all disks, however often it is cut off.
+    fn open(&mut self) -> Vec<SimDisk> {
+        loop {
+            let blocks: Vec<u64> = self.specs.iter().map(|spec| *self.random.pick(&spec.blocks)).collect();
+            let faulty = self.profile.faults && self.random.one_in(4);
+            self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
+            let limit = self.cut_off(90);
+            self.at("opening", limit);
+            let options = self.options(&blocks);
+            let io = self.shared.io.clone();
+            let opened = self.sim.run(open_all(io, options), limit);
+            self.sim.set_faults(Vec::new());
+            match opened {
+                Some(Ok(opened)) => return self.opened(opened, &blocks),
+                Some(Err(error)) => {
+                    assert!(faulty, "opening: {error:?}");
+                    self.sim.kill();
+                    self.shared.oracle.borrow_mut().crash();
+                }
+                None => self.crash(),
+            }
+            for (spec, block) in self.specs.iter_mut().zip(blocks) {
+                spec.attempts += 1;
+                spec.other_block |= block != spec.block;
+            }
+        }
+    }
+
+    fn options(&self, blocks: &[u64]) -> Vec<DiskOptions<cow_engine::sim::SimStorage>> {
+        let make = |(at, (spec, block)): (usize, (&Spec, &u64))| {
+            let image = self.shared.images[at];
+            DiskOptions {
+                name: format!("d{at}"),
+                image,
+                image_path: format!("/d{at}.img"),
+                identity: self.shared.io.identity(image),
+                dir: spec.dir,
+                tracking: (*block != 0).then(|| BlockGrid::new(*block).expect("a block size")),
+                boot: self.sim.boot(),
+                events: Arc::new(|_| {}),
+            }
+        };
+        self.specs.iter().zip(blocks).enumerate().map(make).collect()
+    }
+
+    /// Judges generations and snapshots after an opening that was not cut off.
+    fn opened(&mut self, opened: Vec<(SimDisk, OpenReport)>, blocks: &[u64]) -> Vec<SimDisk> {
+        let mut oracle = self.shared.oracle.borrow_mut();
+        for (at, (disk, report)) in opened.iter().enumerate() {
+            let spec = &mut self.specs[at];
+            let lost = spec.edited || spec.power && spec.clean == Clean::No;
+            let perhaps = lost || spec.power && (spec.clean == Clean::Maybe || spec.attempts > 0);
+            let generation = disk.change_id().generation;
+            if let Some((before, _)) = oracle.disks[at].generation {
+                let must = lost || blocks[at] != spec.block;
+                let may = must || perhaps || spec.other_block;
+                assert!(!must || before != generation, "disk {at}: the generation goes on: {report:?}");
+                assert!(may || before == generation, "disk {at}: the generation was dropped: {report:?}");
+            }
+            oracle.opened(at, generation, disk.block_grid());
+            for group in oracle.groups_of(at, |fate| matches!(fate, Fate::Held | Fate::Unknown)) {
+                let name = oracle.groups[group].name.clone();
+                let found = disk.snapshot(&name).ok().map(|snapshot| snapshot.change_id());
+                assert!(!(lost && found.is_some()), "disk {at}: snapshot {name} was kept: {report:?}");
+                if oracle.member(group, at).fate == Fate::Held {
+                    let id = oracle.member(group, at).id;
+                    assert!(found.is_none() || found == id, "disk {at}: snapshot {name} has another id");
+                    let may_be_gone = perhaps || self.profile.faults;
+                    assert!(found.is_some() || may_be_gone, "disk {at}: snapshot {name} is gone: {report:?}");
+                    if found.is_none() {
+                        oracle.member(group, at).fate = Fate::Gone;
+                    }
+                } else if let Err(what) = oracle.found(group, at, found) {
+                    panic!("{what}");
+                }
+            }
+            for snapshot in disk.snapshots() {
+                let known = oracle.groups_of(at, |fate| fate == Fate::Held);
+                let known = known.iter().any(|&group| oracle.groups[group].name == snapshot.name());
+                assert!(known, "disk {at}: snapshot {} was not expected", snapshot.name());
+            }
+        }
+        let power = self.specs.iter().any(|spec| spec.power);
+        if let Err(what) = oracle.check_whole(!power && !self.profile.faults) {
+            panic!("{what}");
+        }
+        opened.into_iter().map(|(disk, _)| disk).collect()
+    }
+
+    /// Judges all content, and forgets how the disks were left.
+    fn judge(&mut self, disks: &[SimDisk]) {
+        self.at("judging", u64::MAX);
+        let power = self.specs.iter().any(|spec| spec.power);
+        let random = Random::new(self.random.bits());
+        let judging = work::judge_all(self.shared.clone(), disks.to_vec(), random, power);
+        assert!(self.sim.run(judging, u64::MAX).is_some());
+        for (spec, disk) in self.specs.iter_mut().zip(disks) {
+            spec.block = disk.block_grid().map_or(0, BlockGrid::bytes);
+            (spec.clean, spec.power, spec.edited) = (Clean::No, false, false);
+            (spec.attempts, spec.other_block) = (0, false);
+        }
+    }
+
+    /// Work until a crash, or to its end and a close.
+    fn work(&mut self, disks: Vec<SimDisk>) {
+        self.sim.set_faults(self.rules.clone());
+        let close = self.random.one_in(4);
+        let limit = match close {
+            true => u64::MAX,
+            false => 1 << self.random.within(5..13),
+        };
+        let limit = if close { limit } else { self.random.within(limit / 2..limit) };
+        self.at("working", limit);
+        let work = self.tasks(&disks);
+        let done = self.sim.run(work, limit);
+        if done.is_none() || !close {
+            self.sim.set_faults(Vec::new());
+            return self.crash();
+        }
+        self.close(disks);
+        self.sim.set_faults(Vec::new());
+    }
+
+    /// All tasks of a round, as one future.
+    fn tasks(&mut self, disks: &[SimDisk]) -> impl Future<Output = ()> + use<> {
+        let left = Rc::new(Cell::new(0u64));
+        let shared = self.shared.clone();
+        let spawn = |task: std::pin::Pin<Box<dyn Future<Output = ()>>>| {
+            left.set(left.get() + 1);
+            let left = left.clone();
+            self.sim.spawn(async move {
+                task.await;
+                left.set(left.get() - 1);
+            });
+        };
+        let random = &mut self.random;
+        for (at, disk) in disks.iter().enumerate() {
+            for _ in 0..random.within(1..5) {
+                let (own, requests) = (Random::new(random.bits()), random.within(10..80));
+                let queue = work::queue(
+                    shared.clone(),
+                    at,
+                    disk.clone(),
+                    disk.lane(),
+                    own,
+                    self.mix.clone(),
+                    requests,
+                );
+                spawn(Box::pin(queue));
+            }
+        }
+        let (own, commands) = (Random::new(random.bits()), random.within(1..14));
+        spawn(Box::pin(work::administrator(shared.clone(), disks.to_vec(), own, commands)));
+        for _ in 0..random.within(0..4) {
+            let (own, questions) = (Random::new(random.bits()), random.within(2..20));
+            spawn(Box::pin(work::reader(shared.clone(), disks.to_vec(), own, questions)));
+        }
+        async move {
+            while left.get() > 0 {
+                shared.io.turn().await;
+            }
+        }
+    }
+
+    /// Closes the disks, perhaps not to the end; then perhaps something happens to them.
+    fn close(&mut self, disks: Vec<SimDisk>) {
+        let limit = self.cut_off(60);
+        self.at("closing", limit);
+        let states: Rc<RefCell<Vec<Clean>>> = Rc::new(RefCell::new(vec![Clean::No; disks.len()]));
+        let (shared, closing) = (self.shared.clone(), states.clone());
+        let done = self.sim.run(
+            async move {
+                for (at, disk) in disks.iter().enumerate() {
+                    let begin = shared.oracle.borrow_mut().now();
+                    closing.borrow_mut()[at] = Clean::Maybe;
+                    let image = shared.images[at];
+                    let answer = disk.close(&shared.io, || Ok(shared.io.identity(image))).await;
+                    if shared.io.is_dead() {
+                        return;
+                    }
+                    shared.note_failed_syncs();
+                    match answer {
+                        Ok(()) => {
+                            closing.borrow_mut()[at] = Clean::Yes;
+                            shared.oracle.borrow_mut().flushed(at, begin);
+                        }
+                        Err(error) => assert!(!shared.strict, "closing: {error:?}"),
+                    }
+                }
+            },
+            limit,
+        );
+        for (spec, state) in self.specs.iter_mut().zip(states.borrow().iter()) {
+            spec.clean = *state;
+        }
+        self.sim.set_faults(Vec::new());
+        if done.is_none() {
+            return self.crash();
+        }
+        match self.random.below(4) {
+            0 => self.crash(),
+            1 => {
+                self.sim.kill();
+                self.shared.oracle.borrow_mut().crash();
+                let at = self.random.index(self.specs.len());
+                if self.specs[at].clean == Clean::Yes {
+                    self.edit(at);
+                }
+            }
+            _ => {
+                self.sim.kill();
+                self.shared.oracle.borrow_mut().crash();
+            }
+        }
+    }
+
+    /// Changes an image behind the engine's back.
+    fn edit(&mut self, at: usize) {
+        let mut oracle = self.shared.oracle.borrow_mut();
+        let sectors = oracle.disks[at].capacity / SECTOR as u64;
+        let first = self.random.below(sectors);
+        let end = (first + self.random.within(1..20)).min(sectors);
+        let number = oracle.changed_offline(at, first..end);
+        let mut bytes = vec![0; SECTOR * usize::try_from(end - first).unwrap_or(1)];
+        stamp(at, first, number as u64, &mut bytes);
+        self.sim.change_offline(self.shared.images[at], first * SECTOR as u64, &bytes);
+        self.specs[at].edited = true;
+    }
+
+    /// Deletes all snapshots in any order; nothing of them may be left.
+    fn end(mut self) {
+        let disks = self.open();
+        self.judge(&disks);
+        self.at("ending", u64::MAX);
+        let (io, mut random) = (self.shared.io.clone(), Random::new(self.random.bits()));
+        let held = disks.clone();
+        let ended = self.sim.run(
+            async move {
+                for disk in held {
+                    let mut names: Vec<String> =
+                        disk.snapshots().iter().map(|snapshot| snapshot.name().to_owned()).collect();
+                    random.shuffle(&mut names);
+                    for name in names {
+                        disk.delete_snapshot(&io, &name).await.expect("no faults now");
+                    }
+                }
+            },
+            u64::MAX,
+        );
+        assert!(ended.is_some());
+        for (at, spec) in self.specs.iter().enumerate() {
+            let names = self.sim.names(spec.dir).expect("a directory");
+            assert_eq!(names, ["map", "superblock"], "disk {at}: files are left");
+        }
+    }
+}
+
+async fn open_all(
+    io: cow_engine::sim::SimStorage,
+    options: Vec<DiskOptions<cow_engine::sim::SimStorage>>,
+) -> Result<Vec<(SimDisk, OpenReport)>, Error> {
+    let mut opened = Vec::new();
+    for options in options {
+        opened.push(Disk::open(&io, options).await?);
+    }
+    let disks: Vec<SimDisk> = opened.iter().map(|(disk, _)| disk.clone()).collect();
+    group::settle(&mut group::Admin::new(), &io, &disks).await?;
+    Ok(opened)
+}
+
+/// Some kinds of fault, each now and then.
+fn rules(random: &mut Random) -> Vec<Rule> {
+    use {FileKind::Image, FileKind::State};
+    let kinds = [
+        (OpKind::Write, State, ErrorKind::StorageFull, 40),
+        (OpKind::Write, State, ErrorKind::Other, 200),
+        (OpKind::Read, State, ErrorKind::Other, 100),
+        (OpKind::Read, Image, ErrorKind::Other, 200),
+        (OpKind::Write, Image, ErrorKind::Other, 50),
+        (OpKind::Zero, Image, ErrorKind::Other, 20),
+        (OpKind::Sync, Image, ErrorKind::Other, 20),
+        (OpKind::Sync, State, ErrorKind::Other, 20),
+        (OpKind::Create, State, ErrorKind::StorageFull, 6),
+        (OpKind::Remove, State, ErrorKind::Other, 4),
+        (OpKind::Open, State, ErrorKind::Other, 30),
+        (OpKind::SyncCells, State, ErrorKind::Other, 6),
+        (OpKind::SyncDir, State, ErrorKind::Other, 6),
+        (OpKind::Allocate, State, ErrorKind::StorageFull, 3),
+    ];
+    (0..random.within(1..5))
+        .map(|_| {
+            let &(op, file, error, one_in) = random.pick(&kinds);
+            Rule { op, file, one_in, error }
+        })
+        .collect()
+}
