@@ -196,7 +196,7 @@ impl HostFile {
         self.direct
     }
 
-    /// What tells this file from others and whether it changed: see [`Identity`].
+    /// What tells this file from others and whether it changed: see [`crate::Identity`].
     pub fn identity(&self) -> io::Result<crate::tracker::Identity> {
         let metadata = self.file.metadata()?;
         let mtime = metadata.mtime().wrapping_mul(1_000_000_000).wrapping_add(metadata.mtime_nsec());
