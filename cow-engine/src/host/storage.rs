@@ -18,6 +18,9 @@ use crate::storage::{Durability, Extent, Storage, Zeroing};
 /// Segments that one system call takes (`IOV_MAX`).
 const MAX_SEGMENTS: usize = 1024;
 
+/// Bytes that are copied at a time where direct I/O does not take a request's own memory.
+const BOUNCE: u64 = 256 << 10;
+
 /// Files of a host, for the tasks of one executor.
 #[derive(Clone)]
 pub struct HostStorage {
@@ -175,16 +178,20 @@ impl Storage for HostStorage {
         if file.takes(at, into.segments()) {
             return self.transfer(Way::Read, file, at, into.segments()).await;
         }
-        // Direct I/O does not take the guest's buffer, or only part of a block is wanted:
-        // read whole blocks into a buffer of our own.
+        // Direct I/O does not take the guest's buffer, or only part of a block is wanted: read whole
+        // blocks into a buffer of our own, in parts that bound what one request can make us hold.
         let unit = file.alignment.offset;
-        let start = at / unit * unit;
-        let end = (at + into.len() as u64).next_multiple_of(unit);
-        let mut bounce = AlignedBuf::zeroed(usize::try_from(end - start).map_err(io::Error::other)?);
-        let segment = [Segment::new(bounce.as_mut_ptr(), bounce.len())];
-        self.transfer(Way::Read, file, start, &segment).await?;
-        let skip = usize::try_from(at - start).map_err(io::Error::other)?;
-        into.copy_from(0, &bounce[skip..skip + into.len()]);
+        let end = at + into.len() as u64;
+        let mut from = at;
+        while from < end {
+            let start = from / unit * unit;
+            let to = end.min(start + BOUNCE);
+            let mut bounce = AlignedBuf::zeroed(to_usize(to.next_multiple_of(unit) - start)?);
+            let segment = [Segment::new(bounce.as_mut_ptr(), bounce.len())];
+            self.transfer(Way::Read, file, start, &segment).await?;
+            into.copy_from(to_usize(from - at)?, &bounce[to_usize(from - start)?..to_usize(to - start)?]);
+            from = to;
+        }
         Ok(())
     }
 
@@ -205,10 +212,16 @@ impl Storage for HostStorage {
             // Part of a block would need a read first, which races with its neighbours' writes.
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a direct write of part of a block"));
         }
-        let mut bounce = AlignedBuf::zeroed(from.len());
-        from.copy_to(0, &mut bounce);
-        let segment = [Segment::new(bounce.as_mut_ptr(), bounce.len())];
-        self.transfer(way, file, at, &segment).await
+        let mut done = 0;
+        while done < from.len() {
+            let len = (from.len() - done).min(to_usize(BOUNCE)?);
+            let mut bounce = AlignedBuf::zeroed(len);
+            from.copy_to(done, &mut bounce);
+            let segment = [Segment::new(bounce.as_mut_ptr(), len)];
+            self.transfer(way, file, at + done as u64, &segment).await?;
+            done += len;
+        }
+        Ok(())
     }
 
     async fn sync(&self, file: &HostFile) -> io::Result<()> {
@@ -313,6 +326,10 @@ impl Storage for HostStorage {
         // The answer is always an error: it timed out, or was cancelled.
         let _ = unsafe { self.op(entry) }.await;
     }
+}
+
+fn to_usize(n: u64) -> io::Result<usize> {
+    usize::try_from(n).map_err(io::Error::other)
 }
 
 /// The ring's entry for one transfer.

@@ -77,14 +77,16 @@ pub(crate) enum Command {
     Status(Query),
 }
 
+const DISK_HELP: &str = "A disk: name=NAME,path=IMAGE,socket=PATH[,queues=N][,read-only][,serial=S]\
+    [,logical-block-size=512|4096][,cache=writeback|writethrough][,discard=unmap|ignore]\
+    [,direct=on|off][,tracking=on|off][,block-size=BYTES][,state=DIR]; once for each disk";
+
 #[derive(Debug, Args)]
 pub(crate) struct Serve {
-    /// A disk: name=NAME,path=IMAGE,socket=PATH[,queues=N][,read-only][,serial=S]
-    /// [,logical-block-size=512|4096][,cache=writeback|writethrough][,discard=unmap|ignore]
-    /// [,direct=on|off][,tracking=on|off][,block-size=BYTES][,state=DIR]; once for each disk
-    #[arg(long = "disk", value_name = "KEYS", value_parser = disk)]
+    // Not a doc comment, which would read the brackets as links.
+    #[arg(long = "disk", value_name = "KEYS", value_parser = disk, help = DISK_HELP)]
     pub(crate) disks: Vec<DiskSpec>,
-    /// Read disks and sockets from a TOML file: [[disk]] tables with the same keys; control, nbd, nbd-tcp
+    /// Read disks and sockets from a TOML file: `disk` tables with the same keys; control, nbd, nbd-tcp
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     #[command(flatten)]
