@@ -164,13 +164,16 @@ impl<S: Storage> Disk<S> {
             return Err(Error::Poisoned);
         }
         io.sync(&self.image).await.map_err(|source| {
+            self.control.note_flush_failed(true);
             self.poisoned.store(true, SeqCst);
             log::error!(
                 "{}: flushing the image failed, no flush can be trusted any more: {source}",
                 self.name
             );
             Error::Io { what: "flushing the image", source }
-        })
+        })?;
+        // The kernel tells a failure once: of two flushes at the same time the other one succeeds.
+        if self.poisoned.load(SeqCst) { Err(Error::Poisoned) } else { Ok(()) }
     }
 
     /// Gives back the space of a range, whose content nobody needs. It reads as zeros where the image
@@ -390,8 +393,11 @@ impl<S: Storage> Disk<S> {
         if count == chain.len() {
             self.newest.store(None);
         }
-        for snapshot in chain.drain(..count) {
-            Snapshot::<S>::remove_files(io, &self.dir, snapshot.sequence)?;
+        for _ in 0..count {
+            // One whose files are still there stays, so that its number is not given again: its store
+            // would be taken for that of a newer snapshot at the next start.
+            Snapshot::<S>::remove_files(io, &self.dir, chain[0].sequence)?;
+            chain.remove(0);
         }
         Ok(())
     }

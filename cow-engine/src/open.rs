@@ -12,6 +12,9 @@
 //! | serving, another boot | any | new generation | dropped |
 //! | resetting | any | new generation | by the rows above |
 //! | no valid superblock | any | new generation | dropped |
+//!
+//! A map that is missing, or of a length that is not its own, takes the snapshots with it: its first page
+//! may have said that some are broken.
 
 use std::fmt;
 use std::sync::atomic::AtomicBool;
@@ -132,18 +135,18 @@ impl<S: Storage> Disk<S> {
         if let Some(found) = &found {
             check_owner(found, &options)?;
         }
-        let cells = match options.tracking {
-            Some(grid) => Tracker::<S::Cells>::cells_needed(grid, options.identity.len),
-            None => CONTROL_CELLS,
-        };
+        let cells = cells_of::<S>(options.tracking, options.identity.len);
         let mut verdict = judge(found.as_ref(), existed, &options);
-        let map_file = match open_map::<S>(io, &options.dir, &names, cells, verdict.reset.is_some())? {
-            Some(file) => file,
-            None => {
-                verdict.reset.get_or_insert(ResetReason::Damaged);
-                make_map::<S>(io, &options.dir, cells)?
-            }
-        };
+        let old_map = open_map(io, &options.dir, &names)?;
+        let len = old_map.as_ref().map(|(_, len)| *len);
+        let fits = len == Some(bytes_of(cells));
+        if !fits {
+            verdict.reset.get_or_insert(ResetReason::Damaged);
+        }
+        if !found.as_ref().is_some_and(|found| is_as_left::<S>(found, len)) {
+            // Its first page said which snapshots broke.
+            verdict.keep_snapshots = false;
+        }
         let mut report = OpenReport {
             reset: verdict.reset.clone(),
             unclean: found.as_ref().is_some_and(|found| found.state != DiskState::Clean),
@@ -153,17 +156,34 @@ impl<S: Storage> Disk<S> {
         let mut chain = Vec::new();
         if verdict.keep_snapshots {
             chain = load_chain(io, &options.dir, &next.disk, &names, &mut report).await?;
+            if let Some((old, len)) = old_map.as_ref().filter(|_| !fits) {
+                take_notes(io, old, *len, &chain, &options.name).await?;
+            }
         } else {
             let reason = report.reset.as_ref().map_or_else(String::new, ResetReason::to_string);
             drop_snapshots(io, &options.dir, &next.disk, &names, &reason, &mut report).await?;
         }
-        let mapped = Arc::new(io.map(&map_file, cells).map_err(Error::io("mapping the change map"))?);
-        let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, options.identity.len));
         if verdict.reset.is_some() {
-            // The old generation ends durably before its map is cleared: a stop between the two must
-            // not leave a valid generation with an empty map.
+            // The old generation ends durably before its map is cleared or replaced: a stop between
+            // the two must not leave a valid generation with an empty map.
             next.state = DiskState::Resetting;
             write_superblock(io, &file, &next).await?;
+        }
+        let this_boot = found.as_ref().is_some_and(|found| found.boot == options.boot);
+        let flush_failed = this_boot
+            && match &old_map {
+                Some((old, len)) => old_control(io, old, *len)?.is_some_and(|old| old.flush_failed()),
+                None => false,
+            };
+        let map_file = match old_map {
+            Some((old, _)) if fits => old,
+            old => replace_map(io, &options.dir, old.is_some(), cells)?,
+        };
+        let mapped = Arc::new(io.map(&map_file, cells).map_err(Error::io("mapping the change map"))?);
+        let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, options.identity.len));
+        let control = Control::new(mapped.clone());
+        control.note_flush_failed(flush_failed);
+        if verdict.reset.is_some() {
             if let Some(tracker) = &tracker {
                 tracker.clear();
             }
@@ -173,7 +193,6 @@ impl<S: Storage> Disk<S> {
         }
         write_superblock(io, &file, &next).await?;
         io.sync_dir(&options.dir).map_err(fail())?;
-        let control = Control::new(mapped);
         note_broken(&control, &chain, &options.name);
         link(&chain);
         report.kept.extend(chain.iter().filter(|one| one.is_active()).map(|one| one.name.clone()));
@@ -208,8 +227,12 @@ impl<S: Storage> Disk<S> {
         identity: impl FnOnce() -> std::io::Result<Identity>,
     ) -> Result<(), Error> {
         self.gate.close().await;
-        // A failed flush leaves the disk unclean: what the image holds is not known.
+        // A failed flush leaves the disk unclean: what the medium holds is not known. That goes for
+        // those of earlier daemons too, until the host starts anew and what it holds can be read.
         self.flush(io).await?;
+        if self.control.flush_failed() {
+            return Err(Error::Poisoned);
+        }
         let snapshots: Vec<_> = self.chain().clone();
         for snapshot in snapshots {
             snapshot.sync(io).await?;
@@ -336,32 +359,59 @@ fn next_superblock<S: Storage>(
     }
 }
 
-/// Opens the map's file. `None` if there is none of the right length, which only a new generation may
-/// mend.
-fn open_map<S: Storage>(
-    io: &S,
-    dir: &S::Dir,
-    names: &[String],
-    cells: usize,
-    reset: bool,
-) -> Result<Option<S::File>, Error> {
+/// Cells of the map of a disk, its control page included.
+fn cells_of<S: Storage>(tracking: Option<BlockGrid>, capacity: u64) -> usize {
+    tracking.map_or(CONTROL_CELLS, |grid| Tracker::<S::Cells>::cells_needed(grid, capacity))
+}
+
+/// Whether the map is as long as the superblock's writer left it, or in the midst of being replaced.
+fn is_as_left<S: Storage>(found: &Superblock, len: Option<u64>) -> bool {
+    let tracking = BlockGrid::new(found.block_bytes).ok();
+    found.state == DiskState::Resetting || len == Some(bytes_of(cells_of::<S>(tracking, found.capacity)))
+}
+
+/// Opens the map's file, if there is one; its length in bytes.
+fn open_map<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<Option<(S::File, u64)>, Error> {
     let fail = || Error::io("opening the change map");
     if !names.iter().any(|name| name == MAP_FILE) {
         return Ok(None);
     }
     let file = io.open(dir, MAP_FILE).map_err(fail())?;
-    if io.len(&file).map_err(fail())? == bytes_of(cells) {
-        return Ok(Some(file));
-    }
-    if !reset {
-        log::warn!("the change map has the wrong length");
-    }
-    io.remove(dir, MAP_FILE).map_err(fail())?;
-    Ok(None)
+    let len = io.len(&file).map_err(fail())?;
+    Ok(Some((file, len)))
 }
 
-fn make_map<S: Storage>(io: &S, dir: &S::Dir, cells: usize) -> Result<S::File, Error> {
+/// The control words of a map as it was left, if it is long enough to have any.
+fn old_control<S: Storage>(io: &S, map: &S::File, len: u64) -> Result<Option<Control<S::Cells>>, Error> {
+    if len < bytes_of(CONTROL_CELLS) {
+        return Ok(None);
+    }
+    let mapped = io.map(map, CONTROL_CELLS).map_err(Error::io("mapping the change map"))?;
+    Ok(Some(Control::new(Arc::new(mapped))))
+}
+
+/// Notes in the heads which snapshots broke, as a map says that is about to be replaced.
+async fn take_notes<S: Storage>(
+    io: &S,
+    map: &S::File,
+    len: u64,
+    chain: &[Arc<Snapshot<S>>],
+    disk: &str,
+) -> Result<(), Error> {
+    let Some(control) = old_control(io, map, len)? else { return Ok(()) };
+    note_broken(&control, chain, disk);
+    for snapshot in chain.iter().filter(|one| one.broken().is_some()) {
+        snapshot.write_head(io).await?;
+    }
+    Ok(())
+}
+
+/// Makes a new map, all zero, in place of one that does not fit.
+fn replace_map<S: Storage>(io: &S, dir: &S::Dir, existed: bool, cells: usize) -> Result<S::File, Error> {
     let fail = || Error::io("making the change map");
+    if existed {
+        io.remove(dir, MAP_FILE).map_err(fail())?;
+    }
     let file = io.create(dir, MAP_FILE).map_err(fail())?;
     // Allocated to its end: a store into a hole of a full file system would end the process.
     if let Err(error) = io.allocate(&file, bytes_of(cells)) {

@@ -38,6 +38,11 @@ pub(crate) async fn preserve<S: Storage>(
             let mut buffer = grain_buffer(run.end - run.start);
             let first = Key::from_raw(run.start);
             old(first..Key::from_raw(run.end), &mut buffer).await?;
+            // Once it is broken others overwrite without preserving, so what was read may be new; and
+            // an older snapshot, which looks through this one, would take it for old.
+            if snapshot.broken().is_some() {
+                return Ok(());
+            }
             snapshot.append(io, first, &buffer).await?;
         }
     }

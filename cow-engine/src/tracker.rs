@@ -34,6 +34,7 @@ pub(crate) struct Control<C> {
 /// Cells before the map's: one page.
 pub(crate) const CONTROL_CELLS: usize = CELLS_PER_PAGE;
 const BROKEN_UP_TO: usize = 0;
+const FLUSH_FAILED: usize = 1;
 
 impl<C: Cells> Control<C> {
     pub(crate) fn new(cells: Arc<C>) -> Self {
@@ -58,6 +59,16 @@ impl<C: Cells> Control<C> {
     pub(crate) fn forget_broken(&self, sequence: u32) {
         // Another one that broke meanwhile has a note of its own, which stays.
         let _ = self.word(BROKEN_UP_TO).compare_exchange(sequence, 0, SeqCst, SeqCst);
+    }
+
+    /// Whether a flush of the image has failed since the host was started.
+    pub(crate) fn flush_failed(&self) -> bool {
+        self.word(FLUSH_FAILED).load(SeqCst) != 0
+    }
+
+    /// Notes whether a flush of the image has failed, at once and without fail.
+    pub(crate) fn note_flush_failed(&self, failed: bool) {
+        self.word(FLUSH_FAILED).store(failed.into(), SeqCst);
     }
 
     fn word(&self, index: usize) -> &AtomicU32 {
