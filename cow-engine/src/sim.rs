@@ -16,7 +16,8 @@
 //!   length and time of change old or new, and of the names made and removed since the directory was
 //!   synced a random beginning is kept. Another boot begins.
 //! - **Faults** by chance, aimed at kinds of operation and of file ([`Rule`]). A write that fails leaves
-//!   some of its pieces. A sync that fails leaves sectors that no later sync will write, as Linux does.
+//!   some of its pieces. A sync that fails leaves sectors that no later sync will write, and if its process
+//!   ended before it was told, the next sync fails: both as Linux does.
 //! - **Defects** of the medium itself ([`Defect`]), to see that a suite notices.
 //! - **Deadlock.** When nothing can go on but timers, the run panics: a wake-up was lost.
 //!

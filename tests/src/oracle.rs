@@ -340,6 +340,10 @@ impl Oracle {
             let what = if power_cut { "after a power cut" } else { "after a kill" };
             self.expect(&format!("{what} disk {disk}"), sector, found, &window)?;
             if window.len() > 1 {
+                // It is as old as what was found: a sync that failed since has left it behind.
+                let fits = window.iter().filter(|entry| self.value(entry) == found);
+                let issued = fits.map(|entry| entry.map_or(0, |entry| self.change(&entry).issued)).min();
+                let issued = if power_cut { now } else { issued.unwrap_or(now) };
                 let entries = self.disks[disk].sectors.entry(sector).or_default();
                 for entry in entries.iter_mut() {
                     let change = &self.changes[entry.change];
@@ -351,7 +355,7 @@ impl Oracle {
                 let end = Some((now, End::Held));
                 self.changes.push(Change {
                     value: found,
-                    issued: now,
+                    issued,
                     end,
                     durable: power_cut,
                     settled: true,

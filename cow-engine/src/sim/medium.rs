@@ -98,6 +98,8 @@ pub(super) struct File {
     pub(super) mtime: u64,
     durable_mtime: u64,
     pub(super) failed_syncs: u64,
+    /// A sync failed and nobody was told: the next one is.
+    pub(super) untold_failure: bool,
     pages: BTreeMap<u64, Page>,
     mapped: Option<Mapped>,
 }
@@ -111,6 +113,7 @@ impl File {
             mtime: 0,
             durable_mtime: 0,
             failed_syncs: 0,
+            untold_failure: false,
             pages: BTreeMap::new(),
             mapped: None,
         }

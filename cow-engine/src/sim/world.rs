@@ -203,7 +203,13 @@ impl World {
             Work::Sync { .. } => Some(OpKind::Sync),
             Work::Timer | Work::Turn => None,
         };
-        let error = op.and_then(|op| self.fault(op, kind));
+        let mut error = op.and_then(|op| self.fault(op, kind));
+        if op == Some(OpKind::Sync)
+            && let Some(file) = self.files.get_mut(&file)
+            && std::mem::take(&mut file.untold_failure)
+        {
+            error = Some(io::ErrorKind::Other);
+        }
         if error.is_some() {
             let keep = self.random.index(pieces.len() + 1);
             pieces.truncate(keep);
@@ -355,6 +361,13 @@ impl World {
             if matches!(self.ops[at].work, Work::Read { .. }) {
                 continue;
             }
+            let failed = matches!(self.ops[at].done, Some(Err(_)));
+            if failed
+                && matches!(self.ops[at].work, Work::Sync { .. })
+                && let Some(file) = self.files.get_mut(&self.ops[at].file)
+            {
+                file.untold_failure = true;
+            }
             let odds = *self.random.pick(&[0, 1, 2, 2]);
             while let Some(piece) = self.ops[at].pieces.pop() {
                 if self.random.below(2) < odds {
@@ -377,6 +390,7 @@ impl World {
     pub(super) fn cut_power(&mut self) {
         let Self { files, dirs, random, .. } = self;
         for file in files.values_mut() {
+            file.untold_failure = false;
             file.power_cut(random);
         }
         for dir in dirs.iter_mut() {
