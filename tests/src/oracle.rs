@@ -10,7 +10,8 @@
 //! - **Live.** A read between times b and e answers, per sector, the last change that held by b or one
 //!   after it issued before e. After a kill the same. After a power cut: the last change that was
 //!   durable or one after it; durable is what held when a flush was issued that was answered, and a
-//!   durable (FUA) write. What was dirty when a sync failed is durable only once written again.
+//!   durable (FUA) write. What was dirty when a sync failed is durable only once written again; no flush
+//!   is answered without an error after one that was, until the disk is opened anew.
 //!   What is read after a crash is how it is from then on.
 //! - **Views.** A snapshot commanded between b and e shows, per sector, the last change that held by b
 //!   or one after it issued before e. One that held, or was cut off by a crash, is in it wholly or not
@@ -172,6 +173,8 @@ pub struct DiskModel {
     /// Changes issued after the first that held by the second are durable.
     flushes: Vec<(u64, u64)>,
     tainted: u64,
+    /// When a flush was first answered with an error since the disk was opened.
+    refused: Option<u64>,
     told: Vec<Told>,
     generations: Vec<Generation>,
     /// The generation and when it began.
@@ -201,6 +204,7 @@ impl Oracle {
             in_flight: Vec::new(),
             flushes: Vec::new(),
             tainted: 0,
+            refused: None,
             told: Vec::new(),
             generations: Vec::new(),
             generation: None,
@@ -250,13 +254,24 @@ impl Oracle {
         self.disks[disk].in_flight.retain(|(held, _)| *held != number - 1);
     }
 
+    /// A flush was answered with an error.
+    pub fn not_flushed(&mut self, disk: usize) {
+        let now = self.now();
+        self.disks[disk].refused.get_or_insert(now);
+    }
+
     /// A flush issued at `issued` was answered without an error.
-    pub fn flushed(&mut self, disk: usize, issued: u64) {
+    pub fn flushed(&mut self, disk: usize, issued: u64) -> Verdict {
+        let at = disk;
         let disk = &mut self.disks[disk];
+        if disk.refused.is_some_and(|refused| refused < issued) {
+            return Err(format!("disk {at}: a flush succeeded after one had failed"));
+        }
         match disk.flushes.last_mut() {
             Some((after, upto)) if *after == disk.tainted => *upto = issued.max(*upto),
             _ => disk.flushes.push((disk.tainted, issued)),
         }
+        Ok(())
     }
 
     /// A sync of the image failed: what was written by now may never be durable.
@@ -353,13 +368,7 @@ impl Oracle {
                 }
                 entries.push(Entry { change: self.changes.len(), seen: None });
                 let end = Some((now, End::Held));
-                self.changes.push(Change {
-                    value: found,
-                    issued,
-                    end,
-                    durable: power_cut,
-                    settled: true,
-                });
+                self.changes.push(Change { value: found, issued, end, durable: power_cut, settled: true });
             }
         }
         Ok(())
@@ -405,7 +414,7 @@ impl Oracle {
                 return Err(format!("disk {disk}: change id {id} is not of this generation"));
             }
             self.tell(group, disk, id)?;
-            self.flushed(disk, begin);
+            self.flushed(disk, begin)?;
         }
         Ok(())
     }
@@ -494,6 +503,7 @@ impl Oracle {
             model.generations.push(generation);
         }
         model.grid = grid;
+        model.refused = None;
     }
 
     /// Judges what a view answered.

@@ -27,7 +27,7 @@ thread_local! {
 }
 
 /// Seeds that a test runs unless told otherwise.
-const USUAL: u64 = 260;
+const USUAL: u64 = 1200;
 
 /// The first seed and how many, of the environment.
 fn seeds(first: u64) -> (u64, u64) {

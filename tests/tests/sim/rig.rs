@@ -100,7 +100,7 @@ impl<'a> Rig<'a> {
             let capacity = sectors * SECTOR as u64;
             let first = *random.pick(&[4096, 4096, 4096, 8192, 65536]);
             let mut blocks = vec![first];
-            if profile.restless && random.one_in(2) || random.one_in(6) {
+            if profile.restless && !random.one_in(4) || random.one_in(5) {
                 blocks.push(*random.pick(&[0, 4096, 16384, 65536]));
             }
             oracle.add_disk(capacity);
@@ -138,6 +138,7 @@ impl<'a> Rig<'a> {
             failed_syncs: images.iter().map(|_| Cell::new(0)).collect(),
             images,
             spots,
+            spread: *random.pick(&[8, 40, 40]),
             strict: !profile.faults,
             unmap_works,
             next_name: Cell::new(0),
@@ -154,6 +155,7 @@ impl<'a> Rig<'a> {
     /// A step at which a phase of some `usual` steps is cut off, or never.
     fn cut_off(&mut self, usual: u64) -> u64 {
         let odds = if self.profile.restless { 2 } else { 6 };
+        let usual = if self.random.one_in(2) { usual } else { usual / 3 };
         if self.random.one_in(odds) { self.random.within(1..usual) } else { u64::MAX }
     }
 
@@ -341,6 +343,14 @@ impl<'a> Rig<'a> {
         self.at("closing", limit);
         let states: Rc<RefCell<Vec<Clean>>> = Rc::new(RefCell::new(vec![Clean::No; disks.len()]));
         let (shared, closing) = (self.shared.clone(), states.clone());
+        // A guest that does not know waits at the gate for ever.
+        if self.random.one_in(2) {
+            for (at, disk) in disks.iter().enumerate() {
+                let own = Random::new(self.random.bits());
+                let (disk, lane) = (disk.clone(), disk.lane());
+                self.sim.spawn(work::queue(shared.clone(), at, disk, lane, own, self.mix.clone(), 20));
+            }
+        }
         let done = self.sim.run(
             async move {
                 for (at, disk) in disks.iter().enumerate() {
@@ -355,7 +365,8 @@ impl<'a> Rig<'a> {
                     match answer {
                         Ok(()) => {
                             closing.borrow_mut()[at] = Clean::Yes;
-                            shared.oracle.borrow_mut().flushed(at, begin);
+                            let flushed = shared.oracle.borrow_mut().flushed(at, begin);
+                            assert!(flushed.is_ok(), "{flushed:?}");
                         }
                         Err(error) => assert!(!shared.strict, "closing: {error:?}"),
                     }

@@ -22,6 +22,8 @@ pub(crate) struct Shared {
     pub(crate) images: Vec<SimFile>,
     /// Places where much happens, per disk, in sectors.
     pub(crate) spots: Vec<Vec<u64>>,
+    /// How far around them, in sectors.
+    pub(crate) spread: u64,
     /// No fault may happen: every error is wrong.
     pub(crate) strict: bool,
     pub(crate) unmap_works: bool,
@@ -61,15 +63,16 @@ impl Shared {
         let len = match random.below(12) {
             _ if random.one_in(long) => random.within(64..2500),
             0 => random.within(16..200),
+            _ if self.spread < 10 => random.within(1..4),
             1..4 => 8 * random.within(1..5),
             _ => random.within(1..20),
         };
         let len = len.min(sectors);
         let near = match random.below(8) {
             0 => random.below(sectors),
-            _ => random.pick(&self.spots[disk]) + random.below(40),
+            _ => random.pick(&self.spots[disk]) + random.below(self.spread),
         };
-        let start = near.saturating_sub(random.below(len + 20)).min(sectors - len);
+        let start = near.saturating_sub(random.below(len + self.spread / 2)).min(sectors - len);
         start..start + len
     }
 
@@ -163,8 +166,11 @@ async fn flush(shared: &Shared, at: usize, disk: &SimDisk) {
     shared.note_failed_syncs();
     match answer {
         _ if shared.is_dead() => {}
-        Ok(()) => shared.oracle.borrow_mut().flushed(at, issued),
-        Err(error) => shared.allow("flushing", &error),
+        Ok(()) => judge(shared.oracle.borrow_mut().flushed(at, issued)),
+        Err(error) => {
+            shared.oracle.borrow_mut().not_flushed(at);
+            shared.allow("flushing", &error);
+        }
     }
 }
 
