@@ -130,6 +130,7 @@ impl Index {
     /// The caller holds the key's claim, so that nobody else inserts it.
     pub(crate) fn insert(&self, key: Key, slot: Slot) {
         let (shard, hash) = self.place(key);
+        debug_assert!(self.get(key).is_none(), "a key is published once, under its claim");
         let mut filled = shard.filled.lock().unwrap_or_else(PoisonError::into_inner);
         let full = match filled.tables {
             0 => true,
