@@ -114,7 +114,7 @@ const TIMER_ONE_IN: u64 = 1500;
 impl World {
     pub(super) fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let slow = *random.pick(&[0, 4, 10, 30]);
+        let slow = *random.pick(&[0, 2, 4, 10, 30]);
         let task_bias = *random.pick(&[2, 5, 8]);
         Self {
             files: BTreeMap::new(),

@@ -310,7 +310,8 @@ impl<'a> Rig<'a> {
         };
         let random = &mut self.random;
         for (at, disk) in disks.iter().enumerate() {
-            for _ in 0..random.within(1..5) {
+            let queues = if random.one_in(4) { random.within(4..9) } else { random.within(1..5) };
+            for _ in 0..queues {
                 let (own, requests) = (Random::new(random.bits()), random.within(10..80));
                 let queue = work::queue(
                     shared.clone(),
@@ -455,9 +456,13 @@ async fn open_all(
 /// Some kinds of fault, each now and then.
 fn rules(random: &mut Random) -> Vec<Rule> {
     use {FileKind::Image, FileKind::State};
+    // What breaks snapshots is where most can go wrong.
     let kinds = [
+        (OpKind::Write, State, ErrorKind::StorageFull, 12),
         (OpKind::Write, State, ErrorKind::StorageFull, 40),
+        (OpKind::Write, State, ErrorKind::StorageFull, 100),
         (OpKind::Write, State, ErrorKind::Other, 200),
+        (OpKind::Read, Image, ErrorKind::Other, 50),
         (OpKind::Read, State, ErrorKind::Other, 100),
         (OpKind::Read, Image, ErrorKind::Other, 200),
         (OpKind::Write, Image, ErrorKind::Other, 50),
