@@ -319,33 +319,73 @@ impl<S: Storage> Disk<S> {
             .map_err(Error::io("reading old content of the image"))
     }
 
-    /// Gives up a snapshot, before the change that it could not be preserved from.
+    /// Gives up a snapshot, before the change that it could not be preserved from, and the older ones,
+    /// which look through it for what they do not have.
     ///
-    /// The note in the mapped control page comes first and cannot fail: if the process ends now, the
-    /// snapshot is still known to be broken. Then readers are told, then the head.
+    /// The note in the mapped control page comes first and cannot fail: if the process ends now, they
+    /// are still known to be broken. Then readers are told, then the heads.
     pub(crate) async fn break_snapshot(&self, io: &S, snapshot: &Snapshot<S>, error: &Error) {
         let before = self.control.note_broken(snapshot.sequence);
         let reason = with_sources(error);
         if !snapshot.set_broken(&reason) {
             return;
         }
-        log::warn!("{}: snapshot '{}' is broken: {reason}", self.name, snapshot.name);
-        (self.events)(Event::SnapshotBroken {
-            disk: self.name.clone(),
-            snapshot: snapshot.name.clone(),
-            code: if error.is_out_of_space() { "store-full" } else { error.code() },
-            reason: reason.clone(),
-        });
-        match snapshot.write_head(io).await {
+        let code = if error.is_out_of_space() { "store-full" } else { error.code() };
+        self.announce(snapshot, code, &reason);
+        let older: Vec<_> =
+            self.chain().iter().filter(|one| one.sequence < snapshot.sequence).cloned().collect();
+        let with = format!("it needs snapshot '{}', which broke: {reason}", snapshot.name);
+        let mut written = snapshot.write_head(io).await;
+        for one in older {
+            if one.set_broken(&with) {
+                self.announce(&one, code, &with);
+                written = written.and(one.write_head(io).await);
+            }
+        }
+        match written {
             Ok(()) if before == 0 => self.control.forget_broken(snapshot.sequence),
             Ok(()) => {}
             Err(error) => {
                 log::warn!(
-                    "{}: cannot note that in the snapshot's head: {}",
+                    "{}: cannot note that in the snapshots' heads: {}",
                     self.name,
                     with_sources(&error)
                 );
             }
+        }
+    }
+
+    fn announce(&self, snapshot: &Snapshot<S>, code: &'static str, reason: &str) {
+        log::warn!("{}: snapshot '{}' is broken: {reason}", self.name, snapshot.name);
+        if snapshot.is_active() {
+            (self.events)(Event::SnapshotBroken {
+                disk: self.name.clone(),
+                snapshot: snapshot.name.clone(),
+                code,
+                reason: reason.to_owned(),
+            });
+        }
+    }
+
+    /// Looks whether what was written for snapshots reached its medium, and breaks those for which it
+    /// did not: the page cache may have dropped what a full or failing device refused.
+    ///
+    /// To be called now and then; costs nothing for snapshots that have not grown since.
+    pub async fn check_stores(&self, io: &S) {
+        let snapshots: Vec<_> = self.chain().clone();
+        for snapshot in snapshots {
+            if snapshot.has_grown() {
+                self.sync_snapshot(io, &snapshot).await;
+            }
+        }
+    }
+
+    /// Makes a snapshot's files durable, or breaks it.
+    pub(crate) async fn sync_snapshot(&self, io: &S, snapshot: &Snapshot<S>) {
+        if snapshot.broken().is_none()
+            && let Err(error) = snapshot.sync(io).await
+        {
+            self.break_snapshot(io, snapshot, &error).await;
         }
     }
 

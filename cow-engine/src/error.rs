@@ -121,6 +121,16 @@ impl Error {
         matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
     }
 
+    /// Whether a file is not what it should be, as opposed to an error that may pass.
+    pub(crate) fn is_damage(&self) -> bool {
+        use io::ErrorKind::{NotFound, UnexpectedEof};
+        match self {
+            Self::Corrupt { .. } => true,
+            Self::Io { source, .. } => matches!(source.kind(), NotFound | UnexpectedEof),
+            _ => false,
+        }
+    }
+
     /// A stable code for programs.
     pub fn code(&self) -> &'static str {
         match self {

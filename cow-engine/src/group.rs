@@ -40,8 +40,9 @@ impl Admin {
     }
 }
 
-/// How long a gate may take to close before the creation is given up.
-pub const GATE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long writes may be held while those in flight end, before the creation is given up: the time
+/// for which one guest's slow writes can stop those of others.
+pub const GATE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// A snapshot that was taken, of one disk of the group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -293,12 +294,12 @@ impl<S: Storage> Disk<S> {
         io: &S,
         change: impl FnOnce(&mut crate::format::Superblock),
     ) -> Result<(), Error> {
-        let next = {
-            let mut held = self.superblock.lock().unwrap_or_else(PoisonError::into_inner);
-            change(&mut held);
-            held.sequence += 1;
-            held.clone()
-        };
-        crate::open::write_superblock(io, &self.superblock_file, &next).await
+        let mut next = self.superblock.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        change(&mut next);
+        next.sequence += 1;
+        crate::open::write_superblock(io, &self.superblock_file, &next).await?;
+        // Only now: after a failure the next attempt goes over the same copy, which may be torn.
+        *self.superblock.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        Ok(())
     }
 }

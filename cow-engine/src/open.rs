@@ -131,12 +131,16 @@ impl<S: Storage> Disk<S> {
         let fail = || Error::io("opening the state directory");
         let names = io.list(&options.dir).map_err(fail())?;
         let existed = names.iter().any(|name| name == SUPERBLOCK_FILE);
-        let (file, found) = open_superblock(io, &options, existed).await?;
+        let (file, Copies { newest: found, one_damaged }) = open_superblock(io, &options, existed).await?;
         if let Some(found) = &found {
             check_owner(found, &options)?;
         }
         let cells = cells_of::<S>(options.tracking, options.identity.len);
         let mut verdict = judge(found.as_ref(), existed, &options);
+        if one_damaged {
+            verdict.reset.get_or_insert(ResetReason::Damaged);
+            verdict.keep_snapshots = false;
+        }
         let old_map = open_map(io, &options.dir, &names)?;
         let len = old_map.as_ref().map(|(_, len)| *len);
         let fits = len == Some(bytes_of(cells));
@@ -235,7 +239,7 @@ impl<S: Storage> Disk<S> {
         }
         let snapshots: Vec<_> = self.chain().clone();
         for snapshot in snapshots {
-            snapshot.sync(io).await?;
+            self.sync_snapshot(io, &snapshot).await;
         }
         io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
@@ -253,14 +257,14 @@ async fn open_superblock<S: Storage>(
     io: &S,
     options: &DiskOptions<S>,
     existed: bool,
-) -> Result<(S::File, Option<Superblock>), Error> {
+) -> Result<(S::File, Copies), Error> {
     let fail = || Error::io("opening the superblock");
     if !existed {
-        return Ok((io.create(&options.dir, SUPERBLOCK_FILE).map_err(fail())?, None));
+        return Ok((io.create(&options.dir, SUPERBLOCK_FILE).map_err(fail())?, Copies::default()));
     }
     let file = io.open(&options.dir, SUPERBLOCK_FILE).map_err(fail())?;
     let len = io.len(&file).map_err(fail())?;
-    let mut newest: Option<Superblock> = None;
+    let mut copies = Copies::default();
     for copy in 0..2 {
         let at = copy * PAGE as u64;
         if at + PAGE as u64 > len {
@@ -268,13 +272,24 @@ async fn open_superblock<S: Storage>(
         }
         let mut page = [0; PAGE];
         io.read(&file, at, Target::of(&mut page)).await.map_err(fail())?;
-        if let Some(found) = Superblock::from_page(&page)
-            && newest.as_ref().is_none_or(|newest| newest.sequence < found.sequence)
-        {
-            newest = Some(found);
+        match Superblock::from_page(&page) {
+            Some(found) => {
+                if copies.newest.as_ref().is_none_or(|newest| newest.sequence < found.sequence) {
+                    copies.newest = Some(found);
+                }
+            }
+            None => copies.one_damaged |= page.iter().any(|&byte| byte != 0),
         }
     }
-    Ok((file, newest))
+    Ok((file, copies))
+}
+
+/// The copies of a superblock that were found.
+#[derive(Default)]
+struct Copies {
+    newest: Option<Superblock>,
+    /// One is neither valid nor unused: it may have been the newer one, which knew of later epochs.
+    one_damaged: bool,
 }
 
 /// Writes a superblock over the older of the two copies, durably.
@@ -378,6 +393,9 @@ fn open_map<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<Option
     }
     let file = io.open(dir, MAP_FILE).map_err(fail())?;
     let len = io.len(&file).map_err(fail())?;
+    // Someone may have copied it with holes; a store into one on a full file system would end the
+    // process.
+    io.allocate(&file, len).map_err(fail())?;
     Ok(Some((file, len)))
 }
 
@@ -426,6 +444,9 @@ fn bytes_of(cells: usize) -> u64 {
 }
 
 /// Reads the snapshots of a disk whose image is as they left it, oldest first.
+///
+/// Only what is damaged is given up, and what depends on it; an error that may pass (too few
+/// descriptors, no permission, a failing device) is the caller's, and nothing was changed.
 async fn load_chain<S: Storage>(
     io: &S,
     dir: &S::Dir,
@@ -433,32 +454,53 @@ async fn load_chain<S: Storage>(
     names: &[String],
     report: &mut OpenReport,
 ) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
-    let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
+    let mut loaded = Vec::new();
     for sequence in sequences(names) {
-        let index = format::index_file(sequence);
-        let loaded = if names.contains(&index) {
+        let found = if names.contains(&format::index_file(sequence)) {
             Snapshot::load(io, dir, disk, sequence).await
         } else {
-            // What a deletion left, or a creation that did not come to the index.
             Ok(None)
         };
-        match loaded {
-            Ok(Some(snapshot)) => chain.push(Arc::new(snapshot)),
-            Ok(None) => Snapshot::<S>::remove_files(io, dir, sequence)?,
-            Err(error) => {
-                // Older ones may need what it held: they are broken with it.
-                let reason = with_sources(&error);
-                log::warn!("snapshot number {sequence} cannot be read: {reason}");
-                for older in &chain {
-                    older.set_broken(&format!("a newer snapshot is damaged: {reason}"));
-                    older.write_head(io).await?;
-                }
-                report.dropped.push((format!("number {sequence}"), reason));
-                Snapshot::<S>::remove_files(io, dir, sequence)?;
-            }
+        match found {
+            Err(error) if !error.is_damage() => return Err(error),
+            found => loaded.push((sequence, found)),
         }
     }
+    let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
+    for (sequence, found) in loaded {
+        let damage = match found {
+            Ok(Some(snapshot)) => {
+                chain.push(Arc::new(snapshot));
+                continue;
+            }
+            // What a deletion left, which takes the oldest, or a creation that did not come to its
+            // head, whose store is empty. Anything else had its place in the chain.
+            Ok(None) if chain.is_empty() || is_unused(io, dir, names, sequence)? => None,
+            Ok(None) => Some("its index is gone".to_owned()),
+            Err(error) => Some(with_sources(&error)),
+        };
+        if let Some(reason) = damage {
+            // Older ones may need what it held: they are broken with it.
+            log::warn!("snapshot number {sequence} is damaged: {reason}");
+            for older in &chain {
+                older.set_broken(&format!("a newer snapshot is damaged: {reason}"));
+                older.write_head(io).await?;
+            }
+            report.dropped.push((format!("number {sequence}"), reason));
+        }
+        Snapshot::<S>::remove_files(io, dir, sequence)?;
+    }
     Ok(chain)
+}
+
+/// Whether the store of a snapshot never held anything.
+fn is_unused<S: Storage>(io: &S, dir: &S::Dir, names: &[String], sequence: u32) -> Result<bool, Error> {
+    let store = format::store_file(sequence);
+    if !names.contains(&store) {
+        return Ok(true);
+    }
+    let len = io.open(dir, &store).and_then(|file| io.len(&file));
+    Ok(len.map_err(Error::io("opening a snapshot's store"))? == 0)
 }
 
 /// Removes the snapshots of a disk whose image may not be as they left it.

@@ -4,6 +4,8 @@
 //! Absent: the choice of *whether* to preserve. [`crate::Disk`] decides, this module does.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::fence;
 
 use crate::error::Error;
 use crate::format::GRAIN;
@@ -11,8 +13,8 @@ use crate::index::Key;
 use crate::snapshot::{Snapshot, grain_buffer};
 use crate::storage::Storage;
 
-/// Keys that are copied together at most: 1 MiB of grains, which bounds the memory of a request.
-const MAX_RUN: u64 = (1 << 20) / GRAIN as u64;
+/// Keys that are copied together at most: 256 KiB of grains, which bounds the memory of a request.
+const MAX_RUN: u64 = (256 << 10) / GRAIN as u64;
 
 /// Preserves what `snapshot` does not have of `keys`; `old` fills a buffer with their content.
 ///
@@ -38,6 +40,8 @@ pub(crate) async fn preserve<S: Storage>(
             let mut buffer = grain_buffer(run.end - run.start);
             let first = Key::from_raw(run.start);
             old(first..Key::from_raw(run.end), &mut buffer).await?;
+            // Whatever made `old` wrong came after the break that we now look for.
+            fence(Acquire);
             // Once it is broken others overwrite without preserving, so what was read may be new; and
             // an older snapshot, which looks through this one, would take it for old.
             if snapshot.broken().is_some() {

@@ -42,6 +42,8 @@ pub struct Snapshot<S: Storage> {
     index: Index,
     next_slot: AtomicU32,
     next_record: AtomicU64,
+    /// What `next_record` was when the files were last made durable.
+    synced_records: AtomicU64,
     state: AtomicU8,
     broken: OnceLock<String>,
     newer: OnceLock<Arc<Self>>,
@@ -96,6 +98,7 @@ impl<S: Storage> Snapshot<S> {
             index: Index::default(),
             next_slot: AtomicU32::new(0),
             next_record: AtomicU64::new(0),
+            synced_records: AtomicU64::new(0),
             state: AtomicU8::new(state_to_u8(header.state)),
             broken,
             newer: OnceLock::new(),
@@ -127,8 +130,8 @@ impl<S: Storage> Snapshot<S> {
         Ok(Some(snapshot))
     }
 
-    /// Takes in every record that is whole. Places between may be empty: their writers were stopped
-    /// before they published, so nothing was changed on the strength of them.
+    /// Takes in every record. Places between may be empty: their writers were stopped before they
+    /// published, so nothing was changed on the strength of them.
     async fn load_records(&self, io: &S, len: u64) -> Result<(), Error> {
         let mut chunk = vec![0; 64 * PAGE];
         let (mut at, mut place, mut next_slot) = (PAGE as u64, 0, 0);
@@ -143,19 +146,29 @@ impl<S: Storage> Snapshot<S> {
                 let Ok(record) = RawRecord::read_from_bytes(bytes) else {
                     unreachable!("the chunk is a record long")
                 };
-                if let Some((key, slot)) = record.check(&self.disk, self.sequence, place)
-                    && self.index.get(key).is_none()
-                {
-                    self.index.insert(key, slot);
-                    if let Slot::At(slot) = slot {
-                        next_slot = next_slot.max(slot + 1);
+                match record.check(&self.disk, self.sequence, place) {
+                    Some((key, slot)) if self.index.get(key).is_none() => {
+                        self.index.insert(key, slot);
+                        if let Slot::At(slot) = slot {
+                            next_slot = next_slot.max(slot + 1);
+                        }
+                    }
+                    Some(_) => {}
+                    None if bytes.iter().all(|&byte| byte == 0) => {}
+                    // A record lies within a page, so it was written wholly or not at all.
+                    None => {
+                        let at = PAGE as u64 + place * RECORD as u64;
+                        return Err(Error::Corrupt { what: "a record of a snapshot's index", at });
                     }
                 }
                 place += 1;
             }
             at += size as u64;
         }
-        // A torn record at the end is passed over, not written over: its place is in its checksum.
+        let held = u64::from(next_slot) * GRAIN as u64;
+        if io.len(&self.store_file).map_err(Error::io("opening a snapshot's store"))? < held {
+            return Err(Error::Corrupt { what: "the end of a snapshot's store", at: held });
+        }
         self.next_record.store((len - PAGE as u64).div_ceil(RECORD as u64), SeqCst);
         self.next_slot.store(next_slot, SeqCst);
         Ok(())
@@ -333,8 +346,14 @@ impl<S: Storage> Snapshot<S> {
         }
     }
 
+    /// Whether something was appended since the last [`Snapshot::sync`].
+    pub(crate) fn has_grown(&self) -> bool {
+        self.next_record.load(SeqCst) != self.synced_records.load(SeqCst)
+    }
+
     /// Makes everything in its files durable.
     pub(crate) async fn sync(&self, io: &S) -> Result<(), Error> {
+        self.synced_records.store(self.next_record.load(SeqCst), SeqCst);
         for file in [&self.store_file, &self.index_file] {
             io.sync(file).await.map_err(Error::io("flushing the difference store"))?;
         }

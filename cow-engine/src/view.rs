@@ -6,6 +6,8 @@
 //! Readers take no lock that a guest's write waits for.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::fence;
 
 use cbt::{BlockGrid, ByteRange, Changes, Epoch, PAGE_BYTES};
 
@@ -216,7 +218,9 @@ impl<S: Storage> View<S> {
         if let Located::Live = self.snapshot.locate(key)? {
             self.tracked()?.copy_page(page, cells);
         }
-        // A page is published before it is marked, so a copy that is torn or late is found out here.
+        // A page is published before it is marked, so a copy that is torn or late is found out here;
+        // the fence keeps the look-up behind the copy.
+        fence(Acquire);
         match self.snapshot.locate(key)? {
             Located::Live => Ok(()),
             Located::In(_, Slot::Zero) => {

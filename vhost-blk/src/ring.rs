@@ -194,8 +194,17 @@ pub(crate) struct Ring {
     signalled: Option<u16>,
     heads: [u64; HEAD_WORDS],
     in_flight: u16,
+    /// The available index of the oldest chain that was not returned.
+    oldest: u16,
+    /// Chains that were not returned, in the order they were taken: the place is the available index.
+    order: Box<[u16]>,
+    /// For each head that is done before an older one: the bytes written, or [`NOT_DONE`].
+    done: Box<[u32]>,
     kicks_off: bool,
 }
+
+/// No chain has so many writable bytes (see `request`).
+const NOT_DONE: u32 = u32::MAX;
 
 impl Ring {
     /// A ring at `addresses`, whose next chain is that of available index `base`. Where the used
@@ -220,6 +229,9 @@ impl Ring {
             signalled: None,
             heads: [0; HEAD_WORDS],
             in_flight: 0,
+            oldest: base,
+            order: vec![0; usize::from(shape.size)].into(),
+            done: vec![NOT_DONE; usize::from(shape.size)].into(),
             kicks_off: false,
         };
         ring.next_used = ring.load(ring.parts.used, 2, Ordering::Relaxed);
@@ -293,6 +305,7 @@ impl Ring {
         }
         self.heads[word] |= bit;
         self.in_flight += 1;
+        self.order[slot] = head;
         self.next_avail = self.next_avail.wrapping_add(1);
         chain.head = head;
         chain.readable.begin(&self.memory);
@@ -397,8 +410,28 @@ impl Ring {
     }
 
     /// Returns a chain: `len` bytes of its writable part were written. The driver sees it after
-    /// [`Ring::publish`].
+    /// [`Ring::publish`], in the order in which it made its chains available.
+    ///
+    /// Why in order: a front end whose back end was killed goes on from the used index. Were a chain
+    /// returned before an older one, the newer would be done again, from memory that the guest has
+    /// reused since, and the older never. In order, the used index says exactly what was done.
+    /// Price: a chain waits for the older ones; see ARCHITECTURE.md, "Decisions".
     pub(crate) fn push_used(&mut self, head: u16, len: u32) {
+        let mask = self.shape.size - 1;
+        self.done[usize::from(head)] = len.min(NOT_DONE - 1);
+        while self.in_flight > 0 {
+            let head = self.order[usize::from(self.oldest & mask)];
+            let len = std::mem::replace(&mut self.done[usize::from(head)], NOT_DONE);
+            if len == NOT_DONE {
+                return;
+            }
+            self.oldest = self.oldest.wrapping_add(1);
+            self.emit(head, len);
+        }
+    }
+
+    /// Writes one used element.
+    fn emit(&mut self, head: u16, len: u32) {
         let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
         debug_assert!(self.heads[word] & bit != 0, "a chain is returned once");
         self.heads[word] &= !bit;

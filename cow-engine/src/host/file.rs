@@ -197,15 +197,19 @@ impl HostFile {
     }
 
     /// What tells this file from others and whether it changed: see [`crate::Identity`].
+    ///
+    /// The node of a block device says nothing of its content. In place of a modification time stands
+    /// what the kernel counted as written and discarded since the device appeared, and in place of an
+    /// inode the boot, so that a device is never taken for unchanged across boots.
     pub fn identity(&self) -> io::Result<crate::tracker::Identity> {
         let metadata = self.file.metadata()?;
+        let len = length_of(&self.file, self.backing)?;
+        if self.backing == Backing::BlockDevice {
+            let (device, mtime_ns) = (metadata.rdev(), sectors_changed(metadata.rdev())?);
+            return Ok(crate::tracker::Identity { device, inode: boot_number()?, len, mtime_ns });
+        }
         let mtime = metadata.mtime().wrapping_mul(1_000_000_000).wrapping_add(metadata.mtime_nsec());
-        Ok(crate::tracker::Identity {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            len: length_of(&self.file, self.backing)?,
-            mtime_ns: mtime,
-        })
+        Ok(crate::tracker::Identity { device: metadata.dev(), inode: metadata.ino(), len, mtime_ns: mtime })
     }
 
     /// Whether direct I/O takes this transfer as it is.
@@ -276,6 +280,22 @@ pub(super) fn length_of(file: &File, backing: Backing) -> io::Result<u64> {
             if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
         }
     }
+}
+
+/// Sectors written and discarded since the device appeared (Documentation/block/stat.rst).
+fn sectors_changed(device: u64) -> io::Result<i64> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat"))?;
+    let field = |n: usize| text.split_whitespace().nth(n).and_then(|word| word.parse::<i64>().ok());
+    let written = field(6).ok_or_else(|| io::Error::other("the device's statistics are not understood"))?;
+    Ok(written.wrapping_add(field(13).unwrap_or(0)))
+}
+
+/// A number that differs from boot to boot.
+fn boot_number() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).take(16).collect();
+    u64::from_str_radix(&digits, 16).map_err(io::Error::other)
 }
 
 /// `_IOR(0x12, 114, size_t)` of linux/fs.h.

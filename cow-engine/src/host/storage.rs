@@ -282,9 +282,8 @@ impl Storage for HostStorage {
     }
 
     fn allocate(&self, file: &HostFile, len: u64) -> io::Result<()> {
-        let have = length_of(&file.file, file.backing())?;
-        if len > have {
-            rustix::fs::fallocate(&file.file, FallocateFlags::empty(), have, len - have)?;
+        if len > 0 {
+            rustix::fs::fallocate(&file.file, FallocateFlags::empty(), 0, len)?;
         }
         Ok(())
     }

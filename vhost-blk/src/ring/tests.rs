@@ -159,7 +159,7 @@ fn indices_wrap_many_times_around_a_small_ring() {
 }
 
 #[test]
-fn used_elements_are_shown_together() {
+fn used_elements_are_shown_together_and_in_the_order_of_the_available_ring() {
     let mut driver = Driver::new(8);
     for head in 0..3 {
         driver.offer_parts(head, &[readable(DATA, 16)]);
@@ -173,8 +173,27 @@ fn used_elements_are_shown_together() {
     }
     assert!(ring.publish());
     assert_eq!(driver.get16(USED + 2), 3);
-    assert_eq!([driver.used(0), driver.used(1), driver.used(2)], [(2, 2), (0, 0), (1, 1)]);
+    assert_eq!([driver.used(0), driver.used(1), driver.used(2)], [(0, 0), (1, 1), (2, 2)]);
     assert!(!ring.publish());
+}
+
+#[test]
+fn a_chain_is_not_shown_before_an_older_one() {
+    let mut driver = Driver::new(8);
+    for head in [5, 3] {
+        driver.offer_parts(head, &[readable(DATA, 16)]);
+    }
+    let mut ring = driver.ring(true);
+    let mut chain = Chain::default();
+    while ring.pop(&mut chain).unwrap() {}
+    ring.push_used(3, 30);
+    ring.publish();
+    // A back end that is killed now leaves a used index that names neither as done.
+    assert_eq!((driver.get16(USED + 2), ring.in_flight()), (0, 2));
+    ring.push_used(5, 50);
+    ring.publish();
+    assert_eq!((driver.get16(USED + 2), ring.in_flight()), (2, 0));
+    assert_eq!([driver.used(0), driver.used(1)], [(5, 50), (3, 30)]);
 }
 
 #[test]

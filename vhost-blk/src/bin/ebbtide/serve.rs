@@ -29,6 +29,9 @@ use crate::stop::Stop;
 /// How long to wait for the last I/O of a daemon that was killed, which holds its locks.
 const FENCE: Duration = Duration::from_secs(10);
 
+/// How often to look whether difference stores reach their medium.
+const STORE_CHECKS: Duration = Duration::from_secs(10);
+
 /// How front ends reach the disks.
 pub(crate) enum FrontEnd {
     /// On the sockets that the disks name.
@@ -73,6 +76,7 @@ pub(crate) struct Served {
 /// Serves until told to stop.
 pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     crate::args::check_disks(&plan.disks).map_err(|error| anyhow!(error))?;
+    raise_descriptor_limit();
     let stop = Stop::default();
     watch_signals(stop.clone())?;
     let hub = EventHub::new();
@@ -152,6 +156,8 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     for served in disks.iter() {
         log::info!("{}: serving {}", served.spec.name, served.image_path);
     }
+
+    watch_stores(disks.clone(), stop.clone())?;
 
     stop.wait();
     log::info!("stopping");
@@ -373,6 +379,37 @@ fn make_directory_of(path: &Path, default: &Path) -> anyhow::Result<()> {
     let directory = paths::runtime_directory();
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
     made.with_context(|| format!("cannot make {}", directory.display()))
+}
+
+/// Allows as many descriptors as the system lets us: a snapshot takes two, a queue and a client some.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    if let Err(error) = raised {
+        log::warn!("cannot raise the limit of open files: {error}");
+    }
+}
+
+/// Looks now and then whether what was kept for snapshots reached its medium.
+fn watch_stores(disks: Arc<Vec<Served>>, stop: Stop) -> anyhow::Result<()> {
+    crate::thread("stores", move || {
+        let executor = match Executor::new(16) {
+            Ok(executor) => executor,
+            Err(error) => {
+                log::warn!("cannot watch the difference stores: {error}");
+                return;
+            }
+        };
+        let io = executor.storage();
+        while !stop.wait_for(STORE_CHECKS) {
+            for served in disks.iter() {
+                executor.block_on(served.disk.check_stores(&io));
+            }
+        }
+    })
+    .context("cannot start a thread")?;
+    Ok(())
 }
 
 /// Ends the daemon in order on the signals that ask for it.
