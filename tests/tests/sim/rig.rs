@@ -188,7 +188,8 @@ impl<'a> Rig<'a> {
             match opened {
                 Some(Ok(opened)) => return self.opened(opened, &blocks),
                 Some(Err(error)) => {
-                    assert!(faulty, "opening: {error:?}");
+                    // A failure of the life before may be told to this one.
+                    assert!(self.profile.faults, "opening: {error:?}");
                     self.sim.kill();
                     self.shared.oracle.borrow_mut().crash();
                 }
