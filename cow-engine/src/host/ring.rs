@@ -4,7 +4,7 @@
 //! kernel never touches memory or descriptors that a dropped future lent it.
 //! Absent: which task runs when; that is [`super::executor`].
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::marker::PhantomData;
@@ -58,6 +58,13 @@ impl Ops {
     }
 }
 
+/// Operations in the kernel below which the next one is submitted at once: a device that has little to
+/// do shall not wait until a whole round of requests was prepared.
+const FEW: usize = 32;
+
+/// Operations that are submitted together while the device has enough to do.
+const TOGETHER: usize = 2;
+
 /// Completions of cancel requests: nobody waits for them.
 const CANCEL: u64 = u64::MAX;
 
@@ -65,6 +72,8 @@ const CANCEL: u64 = u64::MAX;
 pub(super) struct Ring {
     uring: RefCell<IoUring>,
     ops: RefCell<Ops>,
+    /// Operations in flight, those that wait for their submission included.
+    in_flight: Cell<usize>,
 }
 
 impl Ring {
@@ -74,7 +83,11 @@ impl Ring {
         // the processor, and the kernel need not lock the ring against other submitters.
         let uring =
             IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_clamp().build(entries)?;
-        Ok(Self { uring: RefCell::new(uring), ops: RefCell::new(Ops { states: Vec::new(), free: None }) })
+        Ok(Self {
+            uring: RefCell::new(uring),
+            ops: RefCell::new(Ops { states: Vec::new(), free: None }),
+            in_flight: Cell::new(0),
+        })
     }
 
     /// Submits what is queued and waits until at least one operation has ended or fired.
@@ -104,6 +117,7 @@ impl Ring {
             match &mut ops.states[key] {
                 State::InFlight(waker) => {
                     let waker = waker.take();
+                    self.in_flight.set(self.in_flight.get() - 1);
                     ops.states[key] = State::Ended(entry.result());
                     if let Some(waker) = waker {
                         waker.wake();
@@ -139,6 +153,23 @@ impl Ring {
                 }
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Submits what is queued, unless it is little and the device has enough to do: then it goes with
+    /// the next ones, or with the next wait.
+    fn submit_soon(&self) -> io::Result<()> {
+        let queued = self.uring.borrow_mut().submission().len();
+        let few = self.in_flight.get().saturating_sub(queued) < FEW;
+        if !few && queued < TOGETHER {
+            return Ok(());
+        }
+        match self.uring.borrow().submit() {
+            Ok(_) => Ok(()),
+            // The next wait submits it.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -191,6 +222,11 @@ impl Future for Op<'_> {
                 return Poll::Ready(Err(error));
             }
             self.key = key;
+            self.ring.in_flight.set(self.ring.in_flight.get() + 1);
+            // The operation is queued: from here on an error of the ring is not its own.
+            if let Err(error) = self.ring.submit_soon() {
+                log::error!("cannot submit to the ring: {error}");
+            }
             return Poll::Pending;
         }
         if self.key == usize::MAX {
