@@ -87,7 +87,7 @@ fn starts_and_stops_are_cut_off_anywhere() {
 
 #[test]
 fn faults_break_snapshots_and_nothing_else() {
-    let profile = Profile { power: 2, faults: true, ..Profile::STRICT };
+    let profile = Profile { power: 4, faults: true, ..Profile::STRICT };
     suite("faults_break_snapshots_and_nothing_else", 4_000_000, profile);
 }
 

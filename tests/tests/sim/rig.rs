@@ -279,7 +279,9 @@ impl<'a> Rig<'a> {
 
     /// Work until a crash, or to its end and a close.
     fn work(&mut self, disks: Vec<SimDisk>) {
-        self.sim.set_faults(self.rules.clone());
+        // Some rounds without, in which what an earlier one left behind shows.
+        let faulty = !self.random.one_in(3);
+        self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
         let close = self.random.one_in(4);
         let limit = match close {
             true => u64::MAX,
@@ -468,6 +470,7 @@ fn rules(random: &mut Random) -> Vec<Rule> {
         (OpKind::Read, Image, ErrorKind::Other, 200),
         (OpKind::Write, Image, ErrorKind::Other, 50),
         (OpKind::Zero, Image, ErrorKind::Other, 20),
+        (OpKind::Sync, Image, ErrorKind::Other, 5),
         (OpKind::Sync, Image, ErrorKind::Other, 20),
         (OpKind::Sync, State, ErrorKind::Other, 20),
         (OpKind::Create, State, ErrorKind::StorageFull, 6),
