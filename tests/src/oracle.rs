@@ -260,6 +260,11 @@ impl Oracle {
         self.disks[disk].refused.get_or_insert(now);
     }
 
+    /// Whether a flush has been answered with an error since the disk was opened.
+    pub fn is_refused(&self, disk: usize) -> bool {
+        self.disks[disk].refused.is_some()
+    }
+
     /// A flush issued at `issued` was answered without an error.
     pub fn flushed(&mut self, disk: usize, issued: u64) -> Verdict {
         let at = disk;

@@ -166,7 +166,11 @@ async fn flush(shared: &Shared, at: usize, disk: &SimDisk) {
     shared.note_failed_syncs();
     match answer {
         _ if shared.is_dead() => {}
-        Ok(()) => judge(shared.oracle.borrow_mut().flushed(at, issued)),
+        Ok(()) => {
+            let refused = shared.oracle.borrow().is_refused(at);
+            assert!(!refused, "disk {at}: a flush succeeded beside one that had failed");
+            judge(shared.oracle.borrow_mut().flushed(at, issued));
+        }
         Err(error) => {
             shared.oracle.borrow_mut().not_flushed(at);
             shared.allow("flushing", &error);
