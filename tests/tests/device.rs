@@ -521,7 +521,7 @@ fn spoiled_chains_hurt_nobody() -> Result<()> {
 #[test]
 fn spoiled_rings_hurt_nobody() -> Result<()> {
     type Spoil = fn(&mut Client) -> Result<()>;
-    let spoils: [(&str, Spoil); 9] = [
+    let spoils: [(&str, Spoil); 11] = [
         ("a head beyond the table", |client| {
             client.queues[0].publish(60_000);
             Ok(client.queues[0].kick()?)
@@ -573,6 +573,20 @@ fn spoiled_rings_hurt_nobody() -> Result<()> {
             client.queues[0].kick()?;
             drop(ticket);
             Ok(())
+        }),
+        ("the memory of a request taken away", |client| {
+            let (addr, _) = client.memory.region(2);
+            for part in 0..8 {
+                let header = Descriptor::readable(addr + part * 0x1000, 16);
+                client.queues[0].place(&[header, Descriptor::writable(addr + 0x10_0000 + part, 1)])?;
+            }
+            client.memory.shrink(2, 0)?;
+            Ok(client.queues[0].kick()?)
+        }),
+        ("the memory of a ring taken away", |client| {
+            drop(client.place(&Op::read(0, 4096))?);
+            client.memory.shrink(0, 0)?;
+            Ok(client.queues[0].kick()?)
         }),
         ("a storm of kicks without buffers", |client| {
             for _ in 0..10_000 {

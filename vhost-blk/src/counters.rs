@@ -20,6 +20,8 @@ pub struct Counters {
     pub flushes: u64,
     /// Discards that succeeded, each of one or several ranges.
     pub discards: u64,
+    /// Bytes they gave back.
+    pub discarded_bytes: u64,
     /// Write-zeroes that succeeded, each of one or several ranges.
     pub write_zeroes: u64,
     /// Requests that the storage failed.
@@ -61,6 +63,7 @@ pub(crate) struct QueueCounters {
     pub(crate) written_bytes: Count,
     pub(crate) flushes: Count,
     pub(crate) discards: Count,
+    pub(crate) discarded_bytes: Count,
     pub(crate) write_zeroes: Count,
     pub(crate) errors: Count,
     pub(crate) refused: Count,
@@ -76,6 +79,7 @@ impl QueueCounters {
         sum.written_bytes += self.written_bytes.get();
         sum.flushes += self.flushes.get();
         sum.discards += self.discards.get();
+        sum.discarded_bytes += self.discarded_bytes.get();
         sum.write_zeroes += self.write_zeroes.get();
         sum.errors += self.errors.get();
         sum.refused += self.refused.get();

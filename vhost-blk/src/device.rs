@@ -181,6 +181,11 @@ impl<B: Backend> Device<B> {
         lock(&self.inner.connection).is_some()
     }
 
+    /// Whether the guest is told of a volatile cache, which it may change (`CONFIG_WCE`).
+    pub fn is_writeback(&self) -> bool {
+        self.inner.writeback.load(Ordering::Relaxed)
+    }
+
     /// What is behind the disk.
     pub fn backend(&self) -> &B {
         &self.inner.common.backend

@@ -4,8 +4,8 @@
 //! request in flight holds the `Memory` that its addresses were resolved in. Segments leave this
 //! module only inside a [`Buffer`], which holds that memory too.
 //! Absent: no Rust reference to guest memory is ever formed, and nothing here knows what a
-//! descriptor is. A front end that shrinks a file after it was mapped makes a touch a `SIGBUS`; the
-//! files' lengths are checked only when they are mapped.
+//! descriptor is. What happens when a front end shrinks a file after it was mapped is in
+//! [`crate::faults`]; here the files' lengths are checked when they are mapped.
 
 use std::fs::File;
 use std::ptr::{self, NonNull};
@@ -15,6 +15,8 @@ use std::sync::Arc;
 use cow_engine::memory::{Segment, Source, Target};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::faults::Guard;
 
 /// Regions that a front end may share at once (`VHOST_USER_GET_MAX_MEM_SLOTS`).
 pub(crate) const MAX_REGIONS: usize = 509;
@@ -96,6 +98,8 @@ struct Region {
     /// The mapping, which starts at or before `host`.
     mapping: NonNull<u8>,
     mapping_len: usize,
+    /// Ends before the mapping.
+    guard: Option<Guard>,
 }
 
 // SAFETY: a region is an address range that is mapped until it is dropped; its bytes are touched
@@ -151,7 +155,9 @@ impl Region {
         // SAFETY: `skip` is less than the mapping's length.
         // JUSTIFICATION: as above.
         let host = unsafe { mapping.add(skip) };
-        Ok(Self { spec, host, mapping, mapping_len })
+        let page = usize::try_from(page).unwrap_or(mapping_len);
+        let guard = Some(Guard::new(mapping, mapping_len, page));
+        Ok(Self { spec, host, mapping, mapping_len, guard })
     }
 
     /// The `len` bytes from `skip` on, which the caller has found to be in the region.
@@ -163,6 +169,7 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        self.guard = None;
         // SAFETY: mapped in `map` with this length, and unmapped once; whoever uses its addresses
         // holds the region.
         // JUSTIFICATION: see `map`.
@@ -210,6 +217,11 @@ impl Memory {
         let mut regions = self.regions.clone();
         regions.remove(found);
         Ok(Self { regions })
+    }
+
+    /// Whether the front end has taken part of it away.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.guard.as_ref().is_some_and(Guard::is_lost))
     }
 
     /// Whether there is no region yet.

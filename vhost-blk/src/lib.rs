@@ -16,6 +16,8 @@ mod device;
 mod engine;
 mod events;
 #[allow(unsafe_code)]
+mod faults;
+#[allow(unsafe_code)]
 mod guest_mem;
 mod options;
 mod request;

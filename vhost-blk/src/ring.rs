@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use crate::faults;
 use crate::guest_mem::{Buffer, Memory, Pinned};
 
 /// Largest queue in descriptors.
@@ -97,6 +98,9 @@ pub(crate) enum RingError {
     /// A chain was made available again before it was used.
     #[error("descriptor {0} was made available twice")]
     Twice(u16),
+    /// A file of guest memory was shrunk, or had no page left.
+    #[error("the front end has taken memory away that it had shared")]
+    MemoryLost,
 }
 
 /// Where the front end says a ring is, in its own addresses.
@@ -201,6 +205,8 @@ pub(crate) struct Ring {
     /// For each head that is done before an older one: the bytes written, or [`NOT_DONE`].
     done: Box<[u32]>,
     kicks_off: bool,
+    /// Losses of guest memory, of any front end, that did not concern this ring.
+    losses: u32,
 }
 
 /// No chain has so many writable bytes (see `request`).
@@ -233,6 +239,7 @@ impl Ring {
             order: vec![0; usize::from(shape.size)].into(),
             done: vec![NOT_DONE; usize::from(shape.size)].into(),
             kicks_off: false,
+            losses: 0,
         };
         ring.next_used = ring.load(ring.parts.used, 2, Ordering::Relaxed);
         ring.published = ring.next_used;
@@ -251,6 +258,7 @@ impl Ring {
         self.parts = Parts::resolve(&memory, addresses, self.shape)?;
         self.addresses = addresses;
         let old = std::mem::replace(&mut self.memory, Rc::new(memory));
+        self.losses = 0;
         // The flags of a place we were not at may be anything.
         self.kicks_off = false;
         self.store_kick_flag(false);
@@ -284,6 +292,13 @@ impl Ring {
 
     /// Takes the next chain into `chain`; `false` if there is none.
     pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        let losses = faults::losses();
+        if losses != self.losses {
+            if self.memory.is_lost() {
+                return Err(RingError::MemoryLost);
+            }
+            self.losses = losses;
+        }
         if self.seen_avail == self.next_avail {
             let index = self.load_avail_index();
             if index == self.next_avail {

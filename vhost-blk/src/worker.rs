@@ -427,6 +427,7 @@ impl<B: Backend> Queue<B> {
                 let done = self.discard(&work.ranges).await;
                 if done.is_ok() {
                     counters.discards.add(1);
+                    counters.discarded_bytes.add(work.ranges.iter().map(|zero| zero.range.len()).sum());
                 }
                 done
             }

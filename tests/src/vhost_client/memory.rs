@@ -103,6 +103,14 @@ impl Memory {
         data
     }
 
+    /// Cuts the file of region `index` to `bytes`: what is gone must not be touched any more, here either.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn shrink(&self, index: usize, bytes: u64) -> Result<()> {
+        Ok(self.regions[index].2.set_len(bytes)?)
+    }
+
     /// Begin and bytes of region `index`.
     pub fn region(&self, index: usize) -> (u64, u64) {
         let (gpa, bytes, _) = self.regions[index];

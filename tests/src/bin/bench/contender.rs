@@ -34,7 +34,7 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 5] = [Self::Fio, Self::Qsd, Self::Baseline, Self::Ebbtide, Self::Untracked];
+    pub(crate) const ALL: [Self; 4] = [Self::Fio, Self::Qsd, Self::Baseline, Self::Ebbtide];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -130,9 +130,9 @@ impl Bench {
         all
     }
 
-    pub(crate) fn measure(&self, row: &Row, contender: Contender) -> Result<Outcome> {
+    pub(crate) fn measure(&self, row: &Row, contender: Contender, seconds: f64) -> Result<Outcome> {
         if contender == Contender::Fio {
-            return self.fio(row);
+            return self.fio(row, seconds);
         }
         let server = self.start(contender, &self.image(row.medium), row.medium)?;
         let outcome = self.load(&server, |load| {
@@ -140,7 +140,7 @@ impl Bench {
                 .arg(if row.random { "random" } else { "sequential" })
                 .args(["--block-size", &row.block_size.to_string()])
                 .args(["--depth", &row.depth.to_string()])
-                .args(["--seconds", &self.options.seconds().to_string()]);
+                .args(["--seconds", &seconds.to_string()]);
         })?;
         server.stop()?;
         Ok(outcome)
@@ -226,7 +226,7 @@ impl Bench {
         output_of(command, &[CLIENT_CPU], Duration::from_secs(60))
     }
 
-    fn fio(&self, row: &Row) -> Result<Outcome> {
+    fn fio(&self, row: &Row, seconds: f64) -> Result<Outcome> {
         let order = if row.random { "rand" } else { "" };
         let mut command = Command::new("fio");
         command
@@ -237,10 +237,10 @@ impl Bench {
             .arg(format!("--rw={order}{}", row.mix))
             .arg(format!("--bs={}", row.block_size))
             .arg(format!("--iodepth={}", row.depth))
-            .arg(format!("--runtime={}ms", Duration::from_secs_f64(self.options.seconds()).as_millis()));
+            .arg(format!("--runtime={}ms", Duration::from_secs_f64(seconds).as_millis()));
         // fio's own figure leaves out io_uring's workers, which do most of the work in memory.
         let cpu_before = ended_children_cpu_ns();
-        let printed = output_of(command, &[SERVER_CPU], limit(self.options.seconds()))?;
+        let printed = output_of(command, &[SERVER_CPU], limit(seconds))?;
         let cpu_ns = ended_children_cpu_ns() - cpu_before;
         // Notes may come before the object.
         let begin = printed.find('{').context("fio printed no JSON")?;

@@ -10,6 +10,7 @@ mod machine;
 mod memory;
 mod snapshots;
 mod table;
+mod tracking;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -167,7 +168,7 @@ fn compare(options: &Options) -> Result<()> {
             servers.rotate_left(turn);
             for contender in servers {
                 eprintln!("round {}: {} {}", round + 1, row.name, contender.name());
-                match bench.measure(row, contender) {
+                match bench.measure(row, contender, options.seconds()) {
                     Ok(outcome) => record(&mut cells, &row.name, contender.name(), outcome),
                     Err(error) => {
                         failures.push(format!("{} {}: {error:#}", row.name, contender.name()));
@@ -177,6 +178,13 @@ fn compare(options: &Options) -> Result<()> {
         }
         if options.wants(Contender::Ebbtide) {
             snapshots::round(&bench, options, &mut cells, &mut failures);
+        }
+    }
+    let mut costs = Vec::new();
+    for row in rows.iter().filter(|row| row.depth == 32 && options.wants(Contender::Untracked)) {
+        match tracking::measure(&bench, options, row) {
+            Ok(cost) => costs.push((row.name.clone(), cost)),
+            Err(error) => failures.push(format!("tracking, {}: {error:#}", row.name)),
         }
     }
     let memory = if options.wants(Contender::Ebbtide) && options.wants_row("memory") {
@@ -190,12 +198,12 @@ fn compare(options: &Options) -> Result<()> {
     }
     if options.json {
         let all = serde_json::json!({
-            "machine": report, "cells": cells, "memory": memory, "failures": failures,
+            "machine": report, "cells": cells, "tracking": costs, "memory": memory, "failures": failures,
         });
         println!("{}", serde_json::to_string_pretty(&all)?);
     } else {
         let order: Vec<_> = rows.iter().map(|row| row.name.as_str()).collect();
-        print!("{}", table::markdown(&report, &order, &cells, memory.as_ref(), options));
+        print!("{}", table::markdown(&report, &order, &cells, &costs, memory.as_ref(), options));
     }
     for failure in &failures {
         eprintln!("failed: {failure}");

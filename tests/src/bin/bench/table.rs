@@ -8,6 +8,7 @@ use crate::contender::Contender;
 use crate::machine::{Medium, Report};
 use crate::memory::Memory;
 use crate::snapshots;
+use crate::tracking::{self, Costs};
 use crate::{Cells, Options};
 
 /// Rounds of one cell that differ by more than this share of their median make it doubtful.
@@ -18,12 +19,17 @@ pub(crate) fn markdown(
     report: &Report,
     rows: &[&str],
     cells: &Cells,
+    costs: &[(String, Costs)],
     memory: Option<&Memory>,
     options: &Options,
 ) -> String {
     let mut text = String::new();
     // Writing to a String does not fail.
-    let _ = write(&mut text, report, rows, cells, memory, options);
+    let _ = write(&mut text, report, rows, cells, options);
+    text.push_str(&tracking::markdown(costs));
+    if let Some(memory) = memory {
+        let _ = write_memory(&mut text, memory);
+    }
     text
 }
 
@@ -32,7 +38,6 @@ fn write(
     report: &Report,
     rows: &[&str],
     cells: &Cells,
-    memory: Option<&Memory>,
     options: &Options,
 ) -> std::fmt::Result {
     for line in &report.machine {
@@ -60,8 +65,8 @@ fn write(
     for column in &columns {
         write!(text, " {} |", column.name())?;
     }
-    writeln!(text, " ebbtide ÷ qsd: IOPS, CPU | tracking costs |")?;
-    writeln!(text, "|---|{}---|---|", "---|".repeat(columns.len()))?;
+    writeln!(text, " ebbtide ÷ qsd: IOPS, CPU |")?;
+    writeln!(text, "|---|{}---|", "---|".repeat(columns.len()))?;
     let median_of = |row: &str, column: &str| cells.get(row)?.get(column).map(|all| median(all));
     for row in rows {
         write!(text, "| {row} |")?;
@@ -70,17 +75,10 @@ fn write(
         }
         let ours = median_of(row, Contender::Ebbtide.name());
         let theirs = median_of(row, Contender::Qsd.name());
-        let untracked = median_of(row, Contender::Untracked.name());
         match (&ours, &theirs) {
             (Some(ours), Some(theirs)) => {
                 let cpu = ours.server_cpu_us.zip(theirs.server_cpu_us).map(|(a, b)| a / b);
-                write!(text, " {:.2}, {:.2} |", ours.iops / theirs.iops, cpu.unwrap_or(f64::NAN))?;
-            }
-            _ => write!(text, " |")?,
-        }
-        match (&ours, &untracked) {
-            (Some(ours), Some(off)) => {
-                writeln!(text, " {:+.1} % |", (1.0 - ours.iops / off.iops) * 100.0)?;
+                writeln!(text, " {:.2}, {:.2} |", ours.iops / theirs.iops, cpu.unwrap_or(f64::NAN))?;
             }
             _ => writeln!(text, " |")?,
         }
@@ -101,18 +99,19 @@ fn write(
             writeln!(text)?;
         }
     }
-    if let Some(memory) = memory {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        writeln!(
-            text,
-            "\nMemory, 100 GiB sparse disk, depth 128: {:.1} MiB own, {:.1} MiB mapped files \
-             (program and change map), {:.1} MiB of the guest's.",
-            mib(memory.anonymous),
-            mib(memory.file),
-            mib(memory.shared),
-        )?;
-    }
     Ok(())
+}
+
+fn write_memory(text: &mut String, memory: &Memory) -> std::fmt::Result {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    writeln!(
+        text,
+        "\nMemory, 100 GiB sparse disk, depth 128: {:.1} MiB own, {:.1} MiB mapped files \
+         (program and change map), {:.1} MiB of the guest's.",
+        mib(memory.anonymous),
+        mib(memory.file),
+        mib(memory.shared),
+    )
 }
 
 fn cell(cells: &Cells, row: &str, column: &str) -> String {
