@@ -12,21 +12,25 @@
 //! intact, and the request done or not begun as far as anyone was told.
 //! Absent: where requests come from, and reading of snapshots ([`crate::View`]).
 
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwapOption;
 use cbt::{BlockGrid, ByteRange, ChangeId, Epoch, PAGE_BYTES, PageIndex};
 
+use crate::append::Appender;
+use crate::chain::Chain;
 use crate::error::Error;
-use crate::format::{GRAIN, SnapshotState, Superblock};
+use crate::format::{Broken, GRAIN, Superblock};
 use crate::gate::{Gate, Lane};
 use crate::index::Key;
 use crate::memory::{AlignedBuf, Source, Target};
 use crate::preserve::preserve;
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage, Zeroing};
+use crate::store::Store;
 use crate::tracker::{Control, History, Tracker};
 
 /// Something that happened to a disk without anyone asking for it.
@@ -66,8 +70,15 @@ pub struct Disk<S: Storage> {
     pub(crate) history: History,
     pub(crate) tracker: Option<Tracker<S::Cells>>,
     pub(crate) control: Control<S::Cells>,
-    /// Oldest first, deleted ones included as long as an older one needs them.
-    pub(crate) snapshots: Mutex<Vec<Arc<Snapshot<S>>>>,
+    /// Deleted ones included, as long as an older one needs them.
+    pub(crate) chain: Chain<S>,
+    /// The highest number that was given to a snapshot since the disk was opened.
+    pub(crate) last_sequence: AtomicU32,
+    /// Deleted ones whose slots are still to be given back.
+    pub(crate) leaving: Mutex<Vec<Arc<Snapshot<S>>>>,
+    pub(crate) store: Store<S>,
+    pub(crate) merge_step: u64,
+    pub(crate) appender: Appender<S>,
     /// The end of the chain, into which changes preserve.
     pub(crate) newest: ArcSwapOption<Snapshot<S>>,
     pub(crate) superblock: Mutex<Superblock>,
@@ -127,6 +138,11 @@ impl<S: Storage> Disk<S> {
         self.gate.lane()
     }
 
+    /// Bytes of old content in the difference store, what is still to be given back included.
+    pub fn bytes_stored(&self) -> u64 {
+        self.store.bytes_taken()
+    }
+
     /// Reads from the live disk.
     ///
     /// # Panics
@@ -150,7 +166,7 @@ impl<S: Storage> Disk<S> {
     ) -> Result<(), Error> {
         let range = self.check(at, from.len() as u64);
         let _pass = self.gate.enter(lane).await;
-        self.before_change(io, range).await;
+        self.before_change(io, lane, range).await;
         io.write(&self.image, at, from, durability).await.map_err(Error::io("writing the image"))
     }
 
@@ -184,7 +200,7 @@ impl<S: Storage> Disk<S> {
     pub async fn discard(&self, io: &S, lane: Lane, range: ByteRange) -> Result<(), Error> {
         self.check(range.start(), range.len());
         let _pass = self.gate.enter(lane).await;
-        self.before_change(io, range).await;
+        self.before_change(io, lane, range).await;
         match io.zero(&self.image, range, Zeroing::Unmap).await {
             Err(error) if error.kind() == std::io::ErrorKind::Unsupported => Ok(()),
             result => result.map_err(Error::io("discarding a range of the image")),
@@ -205,7 +221,7 @@ impl<S: Storage> Disk<S> {
     ) -> Result<(), Error> {
         self.check(range.start(), range.len());
         let _pass = self.gate.enter(lane).await;
-        self.before_change(io, range).await;
+        self.before_change(io, lane, range).await;
         self.zero(io, range, zeroing).await?;
         match durability {
             Durability::Cached => Ok(()),
@@ -238,7 +254,7 @@ impl<S: Storage> Disk<S> {
     /// Everything that must have happened before `range` changes. Inside the gate.
     ///
     /// Cannot fail: what cannot be preserved breaks the snapshot, not the guest's change.
-    async fn before_change(&self, io: &S, range: ByteRange) {
+    async fn before_change(&self, io: &S, lane: Lane, range: ByteRange) {
         if range.is_empty() {
             return;
         }
@@ -253,7 +269,7 @@ impl<S: Storage> Disk<S> {
                 // Rare beside the other ways through here, and its state is large: kept out of
                 // the future that every request carries.
                 let snapshot = Arc::clone(snapshot);
-                return Box::pin(self.mark_and_preserve(io, snapshot, range)).await;
+                return Box::pin(self.mark_and_preserve(io, lane, snapshot, range)).await;
             }
         }
         if let Some(tracker) = &self.tracker {
@@ -261,19 +277,25 @@ impl<S: Storage> Disk<S> {
         }
     }
 
-    async fn mark_and_preserve(&self, io: &S, snapshot: Arc<Snapshot<S>>, range: ByteRange) {
+    async fn mark_and_preserve(&self, io: &S, lane: Lane, snapshot: Arc<Snapshot<S>>, range: ByteRange) {
+        let preserving = snapshot.begin_preserving();
         if let Some(tracker) = &self.tracker {
-            if let Err(error) = self.freeze(io, tracker, &snapshot, range).await {
+            if preserving.is_some()
+                && let Err(error) = self.freeze(io, lane, tracker, &snapshot, range).await
+            {
                 self.break_snapshot(io, &snapshot, &error).await;
             }
             // Only now: a mark made earlier would be in the frozen page's place.
             tracker.mark(range, self.history.epoch());
         }
+        if preserving.is_none() {
+            return;
+        }
         let grains = grains_of(range);
         let keys = Key::grain(grains.start)..Key::grain(grains.end);
         let old =
             async |keys: std::ops::Range<Key>, buffer: &mut [u8]| self.read_grains(io, keys, buffer).await;
-        if let Err(error) = preserve(io, &snapshot, keys, old).await {
+        if let Err(error) = preserve(io, self, lane, &snapshot, keys, old).await {
             self.break_snapshot(io, &snapshot, &error).await;
         }
     }
@@ -283,8 +305,9 @@ impl<S: Storage> Disk<S> {
     async fn freeze(
         &self,
         io: &S,
+        lane: Lane,
         tracker: &Tracker<S::Cells>,
-        snapshot: &Snapshot<S>,
+        snapshot: &Arc<Snapshot<S>>,
         range: ByteRange,
     ) -> Result<(), Error> {
         let epoch = self.history.epoch();
@@ -302,7 +325,8 @@ impl<S: Storage> Disk<S> {
                 continue;
             }
             if wanted {
-                preserve(io, snapshot, Key::map_page(page)..Key::map_page(page + 1), &old).await?;
+                preserve(io, self, lane, snapshot, Key::map_page(page)..Key::map_page(page + 1), &old)
+                    .await?;
             }
             tracker.open_page(page, epoch);
         }
@@ -327,17 +351,18 @@ impl<S: Storage> Disk<S> {
     pub(crate) async fn break_snapshot(&self, io: &S, snapshot: &Snapshot<S>, error: &Error) {
         let before = self.control.note_broken(snapshot.sequence);
         let reason = with_sources(error);
-        if !snapshot.set_broken(&reason) {
+        let broken = |reason: String| Broken { reason, errno: error.errno(), at_ns: now_ns() };
+        if !snapshot.set_broken(broken(reason.clone())) {
             return;
         }
         let code = if error.is_out_of_space() { "store-full" } else { error.code() };
         self.announce(snapshot, code, &reason);
         let older: Vec<_> =
-            self.chain().iter().filter(|one| one.sequence < snapshot.sequence).cloned().collect();
+            self.chain.now().iter().filter(|one| one.sequence < snapshot.sequence).cloned().collect();
         let with = format!("it needs snapshot '{}', which broke: {reason}", snapshot.name);
         let mut written = snapshot.write_head(io).await;
         for one in older {
-            if one.set_broken(&with) {
+            if one.set_broken(broken(with.clone())) {
                 self.announce(&one, code, &with);
                 written = written.and(one.write_head(io).await);
             }
@@ -370,17 +395,27 @@ impl<S: Storage> Disk<S> {
     /// Looks whether what was written for snapshots reached its medium, and breaks those for which it
     /// did not: the page cache may have dropped what a full or failing device refused.
     ///
-    /// To be called now and then; costs nothing for snapshots that have not grown since.
+    /// To be called now and then; costs nothing if nothing was written since.
     pub async fn check_stores(&self, io: &S) {
-        let snapshots: Vec<_> = self.chain().clone();
-        for snapshot in snapshots {
-            if snapshot.has_grown() {
-                self.sync_snapshot(io, &snapshot).await;
-            }
+        if self.store.has_grown() {
+            self.sync_store(io).await;
+        }
+        for snapshot in self.chain.now().iter().filter(|one| one.has_grown()) {
+            self.sync_snapshot(io, snapshot).await;
         }
     }
 
-    /// Makes a snapshot's files durable, or breaks it.
+    /// Makes the store durable, or breaks all that may have content in it.
+    pub(crate) async fn sync_store(&self, io: &S) {
+        let newest = self.chain.now().last().cloned();
+        if let Err(error) = self.store.sync(io).await
+            && let Some(newest) = newest
+        {
+            self.break_snapshot(io, &newest, &error).await;
+        }
+    }
+
+    /// Makes a snapshot's index durable, or breaks it.
     pub(crate) async fn sync_snapshot(&self, io: &S, snapshot: &Snapshot<S>) {
         if snapshot.broken().is_none()
             && let Err(error) = snapshot.sync(io).await
@@ -391,7 +426,7 @@ impl<S: Storage> Disk<S> {
 
     /// The snapshots that a user sees, oldest first.
     pub fn snapshots(&self) -> Vec<Arc<Snapshot<S>>> {
-        self.chain().iter().filter(|snapshot| snapshot.is_active()).cloned().collect()
+        self.chain.now().iter().filter(|snapshot| snapshot.is_active()).cloned().collect()
     }
 
     /// The snapshot of this name.
@@ -400,46 +435,6 @@ impl<S: Storage> Disk<S> {
             .into_iter()
             .find(|snapshot| snapshot.name == name)
             .ok_or_else(|| Error::NoSuchSnapshot { disk: self.name.clone(), name: name.to_owned() })
-    }
-
-    pub(crate) fn chain(&self) -> MutexGuard<'_, Vec<Arc<Snapshot<S>>>> {
-        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Deletes a snapshot. One at a time with other administrative verbs of the disk.
-    ///
-    /// While an older snapshot needs what it holds it is only hidden, and goes with that one.
-    pub async fn delete_snapshot(&self, io: &S, name: &str) -> Result<(), Error> {
-        let snapshot = self.snapshot(name)?;
-        self.retire(io, &snapshot).await
-    }
-
-    /// Takes a snapshot from the users, then from the disk as soon as none older is held.
-    pub(crate) async fn retire(&self, io: &S, snapshot: &Snapshot<S>) -> Result<(), Error> {
-        // Readers look at the state after each read: told first, before anything stops preserving.
-        let before = snapshot.state();
-        snapshot.set_state(SnapshotState::Deleted);
-        if let Err(error) = snapshot.write_head(io).await {
-            snapshot.set_state(before);
-            return Err(error);
-        }
-        self.collect(io)
-    }
-
-    /// Removes deleted snapshots that have none older.
-    pub(crate) fn collect(&self, io: &S) -> Result<(), Error> {
-        let mut chain = self.chain();
-        let count = chain.iter().take_while(|snapshot| snapshot.state() == SnapshotState::Deleted).count();
-        if count == chain.len() {
-            self.newest.store(None);
-        }
-        for _ in 0..count {
-            // One whose files are still there stays, so that its number is not given again: its store
-            // would be taken for that of a newer snapshot at the next start.
-            Snapshot::<S>::remove_files(io, &self.dir, chain[0].sequence)?;
-            chain.remove(0);
-        }
-        Ok(())
     }
 
     /// Checks that `len` bytes at `at` are on the disk.
@@ -462,6 +457,12 @@ impl Key {
     fn to_map_page(self) -> PageIndex {
         self.to_raw() & !Key::map_page(0).to_raw()
     }
+}
+
+/// The time of day in nanoseconds since 1970, or 0.
+fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok()).unwrap_or(0)
 }
 
 /// An error with its sources, on one line.

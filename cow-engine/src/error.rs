@@ -67,6 +67,14 @@ pub enum Error {
         /// How long was waited, in seconds.
         seconds: u64,
     },
+    /// No more snapshots of one disk can be kept apart.
+    #[error("disk '{disk}' has {max} snapshots already, which is as many as it can have")]
+    TooManySnapshots {
+        /// The disk.
+        disk: String,
+        /// How many it can have.
+        max: usize,
+    },
     /// Epochs have run out.
     #[error("disk '{disk}' has used up its epochs: restart the daemon to begin a new generation")]
     EpochsExhausted {
@@ -121,6 +129,16 @@ impl Error {
         matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
     }
 
+    /// The system's error number, or 0.
+    pub(crate) fn errno(&self) -> u32 {
+        match self {
+            Self::Io { source, .. } => {
+                source.raw_os_error().and_then(|code| u32::try_from(code).ok()).unwrap_or(0)
+            }
+            _ => 0,
+        }
+    }
+
     /// Whether a file is not what it should be, as opposed to an error that may pass.
     pub(crate) fn is_damage(&self) -> bool {
         use io::ErrorKind::{NotFound, UnexpectedEof};
@@ -142,6 +160,7 @@ impl Error {
             Self::SnapshotExists { .. } => "snapshot-exists",
             Self::BadName { .. } => "bad-name",
             Self::GateTimeout { .. } => "gate-timeout",
+            Self::TooManySnapshots { .. } => "too-many-snapshots",
             Self::EpochsExhausted { .. } => "epochs-exhausted",
             Self::NotTracked { .. } => "not-tracked",
             Self::UnknownSince { .. } => "unknown-change-id",

@@ -18,7 +18,7 @@ pub(crate) const PAGE: usize = 4096;
 pub(crate) const GRAIN: usize = GRAIN_BYTES as usize;
 const GRAIN_BYTES: u32 = 4096;
 /// Version of everything here.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Longest image path that a superblock holds, in bytes; longer ones are kept by their end.
 const PATH_BYTES: usize = 1024;
 /// Longest snapshot name in bytes.
@@ -110,8 +110,20 @@ pub(crate) struct SnapshotHeader {
     /// When it was taken, in nanoseconds since 1970.
     pub(crate) created_ns: u64,
     pub(crate) name: String,
+    /// The number of the next newer one, whose index this one needs; 0 if there is none.
+    pub(crate) newer: u32,
     /// Why it is broken, if it is.
-    pub(crate) broken: Option<String>,
+    pub(crate) broken: Option<Broken>,
+}
+
+/// Why and when a snapshot broke.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Broken {
+    pub(crate) reason: String,
+    /// The system's error number, or 0.
+    pub(crate) errno: u32,
+    /// In nanoseconds since 1970, or 0 if that is not known.
+    pub(crate) at_ns: u64,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -129,6 +141,9 @@ struct RawSnapshotHeader {
     created_ns: U64,
     grain_bytes: U32,
     flags: U32,
+    newer: U32,
+    broken_errno: U32,
+    broken_ns: U64,
     name_len: U16,
     reason_len: U16,
     name: [u8; NAME_BYTES],
@@ -136,7 +151,7 @@ struct RawSnapshotHeader {
     checksum: U32,
 }
 
-const _: () = assert!(size_of::<RawSnapshotHeader>() == 744);
+const _: () = assert!(size_of::<RawSnapshotHeader>() == 760);
 
 const FLAG_TRACKED: u32 = 1;
 const FLAG_BROKEN: u32 = 2;
@@ -268,7 +283,8 @@ impl Superblock {
 impl SnapshotHeader {
     /// As the first page of an index file.
     pub(crate) fn to_page(&self) -> Box<[u8; PAGE]> {
-        let reason = head(self.broken.as_deref().unwrap_or_default(), REASON_BYTES);
+        let broken = self.broken.as_ref();
+        let reason = head(broken.map_or("", |broken| &broken.reason), REASON_BYTES);
         let mut flags = 0;
         if self.tracked {
             flags |= FLAG_TRACKED;
@@ -294,6 +310,9 @@ impl SnapshotHeader {
             created_ns: U64::new(self.created_ns),
             grain_bytes: U32::new(GRAIN_BYTES),
             flags: U32::new(flags),
+            newer: U32::new(self.newer),
+            broken_errno: U32::new(broken.map_or(0, |broken| broken.errno)),
+            broken_ns: U64::new(broken.map_or(0, |broken| broken.at_ns)),
             name_len: length(&self.name),
             reason_len: length(reason),
             name: padded(&self.name),
@@ -331,7 +350,12 @@ impl SnapshotHeader {
             capacity: raw.capacity.get(),
             created_ns: raw.created_ns.get(),
             name: text(&raw.name, raw.name_len.get().into())?,
-            broken: (raw.flags.get() & FLAG_BROKEN != 0).then_some(reason),
+            newer: raw.newer.get(),
+            broken: (raw.flags.get() & FLAG_BROKEN != 0).then(|| Broken {
+                reason,
+                errno: raw.broken_errno.get(),
+                at_ns: raw.broken_ns.get(),
+            }),
         })
     }
 }
@@ -364,20 +388,16 @@ impl RawRecord {
 pub(crate) const SUPERBLOCK_FILE: &str = "superblock";
 /// The file of its change map, and of the words that must survive without being written.
 pub(crate) const MAP_FILE: &str = "map";
+pub(crate) const STORE_FILE: &str = "store";
 
 /// The index file of the snapshot with this number.
 pub(crate) fn index_file(sequence: u32) -> String {
     format!("{sequence:010}.index")
 }
 
-/// The store file of the snapshot with this number.
-pub(crate) fn store_file(sequence: u32) -> String {
-    format!("{sequence:010}.store")
-}
-
 /// The number of the snapshot that a file of the state directory belongs to.
 pub(crate) fn sequence_of(file: &str) -> Option<u32> {
-    let stem = file.strip_suffix(".index").or_else(|| file.strip_suffix(".store"))?;
+    let stem = file.strip_suffix(".index")?;
     if stem.len() != 10 || !stem.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
@@ -415,7 +435,8 @@ mod tests {
             capacity: 1 << 30,
             created_ns: 1,
             name: "monday".into(),
-            broken: Some("the store is full".into()),
+            newer: 4,
+            broken: Some(Broken { reason: "the store is full".into(), errno: 28, at_ns: 5 }),
         }
     }
 
@@ -459,15 +480,15 @@ mod tests {
         let read = Superblock::from_page(&long.to_page()[..]).map(|s| s.path.len());
         assert_eq!(read, Some(PATH_BYTES));
         let mut broken = header();
-        broken.broken = Some("x".to_owned() + &"ä".repeat(2000));
+        broken.broken = Some(Broken { reason: "x".to_owned() + &"ä".repeat(2000), errno: 0, at_ns: 0 });
         let read = SnapshotHeader::from_page(&broken.to_page()[..]).and_then(|h| h.broken);
-        assert_eq!(read.map(|r| r.len()), Some(REASON_BYTES - 1));
+        assert_eq!(read.map(|r| r.reason.len()), Some(REASON_BYTES - 1));
     }
 
     #[test]
     fn file_names_tell_their_snapshot() {
         assert_eq!(sequence_of(&index_file(42)), Some(42));
-        assert_eq!(sequence_of(&store_file(u32::MAX)), Some(u32::MAX));
+        assert_eq!(sequence_of(&index_file(u32::MAX)), Some(u32::MAX));
         assert_eq!(sequence_of("superblock"), None);
         assert_eq!(sequence_of("+000000042.index"), None);
     }
@@ -497,7 +518,7 @@ mod tests {
         let superblock = fields!(RawSuperblock: magic, version, state, sequence, disk, generation, boot, epoch,
             path_len, block_bytes, capacity, device, inode, image_len, mtime_ns, path, checksum);
         let head = fields!(RawSnapshotHeader: magic, version, state, sequence, epoch, disk, group, generation,
-            capacity, created_ns, grain_bytes, flags, name_len, reason_len, name, reason, checksum);
+            capacity, created_ns, grain_bytes, flags, newer, broken_errno, broken_ns, name_len, reason_len, name, reason, checksum);
         let record = fields!(RawRecord: key, slot, checksum);
         for (heading, size, fields) in [
             ("Superblock", size_of::<RawSuperblock>(), superblock),
@@ -515,9 +536,9 @@ mod tests {
 
     #[test]
     fn an_image_of_the_format_reads_the_same_for_ever() {
-        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/superblock-1")).unwrap();
+        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/superblock-2")).unwrap();
         assert_eq!(Superblock::from_page(&page), Some(superblock()));
-        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/snapshot-1.index")).unwrap();
+        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/snapshot-2.index")).unwrap();
         assert_eq!(SnapshotHeader::from_page(&page), Some(header()));
         let (record, _) = RawRecord::read_from_prefix(&page[PAGE..]).unwrap();
         assert_eq!(record.check(&[1; 16], 3, 0), Some((Key::map_page(5), Slot::Zero)));

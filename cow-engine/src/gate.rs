@@ -5,17 +5,28 @@
 //! Lanes keep queues from sharing a cache line: a queue enters and leaves on its own counter.
 
 use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize};
 use std::sync::{Mutex, PoisonError};
 use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use crate::storage::Storage;
 
 /// Counters of a gate. More queues than these share them, which costs speed only.
-const LANES: usize = 64;
+pub(crate) const LANES: usize = 64;
 
 /// The counter that one queue uses.
 #[derive(Clone, Copy, Debug)]
 pub struct Lane(usize);
+
+impl Lane {
+    /// Below [`LANES`].
+    pub(crate) fn index(self) -> usize {
+        self.0
+    }
+}
 
 #[repr(align(128))]
 #[derive(Default)]
@@ -33,6 +44,17 @@ pub(crate) struct Gate {
     inside: Box<[Counter]>,
     waiting: Mutex<Waiting>,
     next_lane: AtomicUsize,
+}
+
+/// A gate that is closed; opens when dropped.
+pub(crate) struct Closed<'a> {
+    gate: &'a Gate,
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.gate.open();
+    }
 }
 
 /// The right to change the disk; ends when dropped.
@@ -100,6 +122,21 @@ impl Gate {
         })
     }
 
+    /// Closes the gate, if those inside leave within `limit`. It opens again when the answer is dropped.
+    pub(crate) async fn close_within<S: Storage>(&self, io: &S, limit: Duration) -> Option<Closed<'_>> {
+        let closed = Closed { gate: self };
+        let mut closing = pin!(self.close());
+        let mut timer = pin!(io.sleep(limit));
+        poll_fn(|cx| {
+            if closing.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Some(()));
+            }
+            timer.as_mut().poll(cx).map(|()| None)
+        })
+        .await
+        .map(|()| closed)
+    }
+
     /// Opens the gate and lets in who waited.
     pub(crate) fn open(&self) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -125,7 +162,6 @@ impl Drop for Pass<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::pin::pin;
     use std::task::Context;
 
     use super::*;

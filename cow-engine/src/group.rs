@@ -16,6 +16,7 @@
 
 use std::sync::Arc;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use cbt::{ChangeId, Epoch};
@@ -25,6 +26,7 @@ use crate::error::Error;
 use crate::format::{NAME_BYTES, SnapshotHeader, SnapshotState};
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
+use crate::tracker::MAX_SNAPSHOTS;
 
 /// The right to change which snapshots there are. One exists per set of disks, so that
 /// administrative verbs run one at a time while guests and readers go on.
@@ -90,7 +92,7 @@ pub async fn create<S: Storage>(
         match prepare(io, disk, name, group, created_ns).await {
             Ok(one) => prepared.push(one),
             Err(error) => {
-                abandon(io, &prepared);
+                abandon(io, &prepared).await;
                 return Err(error);
             }
         }
@@ -98,7 +100,7 @@ pub async fn create<S: Storage>(
     let held = match flip(io, &prepared, deadline).await {
         Ok(held) => held,
         Err(error) => {
-            abandon(io, &prepared);
+            abandon(io, &prepared).await;
             return Err(error);
         }
     };
@@ -133,7 +135,7 @@ async fn prepare<S: Storage>(
 ) -> Result<Prepared<S>, Error> {
     let epoch = disk.history.epoch();
     let next = epoch.next().ok_or_else(|| Error::EpochsExhausted { disk: disk.name.clone() })?;
-    let sequence = disk.next_sequence();
+    let sequence = disk.next_sequence()?;
     let header = SnapshotHeader {
         sequence,
         state: SnapshotState::Prepared,
@@ -145,17 +147,23 @@ async fn prepare<S: Storage>(
         capacity: disk.capacity,
         created_ns,
         name: name.to_owned(),
+        newer: 0,
         broken: None,
     };
     let made = async {
+        disk.control.set_records(sequence, 0);
         let snapshot = Snapshot::create(io, &disk.dir, header).await?;
+        // Before anything is preserved into it: an older one that names it knows when it is lost.
+        if let Some(older) = disk.chain.now().last() {
+            older.set_newer(io, sequence).await?;
+        }
         disk.write_superblock(io, |superblock| superblock.epoch = superblock.epoch.max(next)).await?;
         Ok(Arc::new(snapshot))
     };
     match made.await {
         Ok(snapshot) => Ok(Prepared { disk: disk.clone(), snapshot, next }),
         Err(error) => {
-            remove_files(io, disk, sequence);
+            withdraw(io, disk, sequence).await;
             Err(error)
         }
     }
@@ -181,11 +189,7 @@ async fn flip<S: Storage>(io: &S, prepared: &[Prepared<S>], deadline: Duration) 
         return Err(Error::GateTimeout { disk: late.disk.name.clone(), seconds: deadline.as_secs() });
     }
     for one in prepared {
-        let mut chain = one.disk.chain();
-        if let Some(last) = chain.last() {
-            last.link(one.snapshot.clone());
-        }
-        chain.push(one.snapshot.clone());
+        one.disk.chain.push(one.snapshot.clone());
         one.disk.newest.store(Some(one.snapshot.clone()));
         one.disk.history.begin(one.next);
     }
@@ -228,14 +232,21 @@ async fn activate<S: Storage>(io: &S, disk: &Disk<S>, snapshot: &Snapshot<S>) ->
 }
 
 /// Removes what was prepared for an instant that did not come.
-fn abandon<S: Storage>(io: &S, prepared: &[Prepared<S>]) {
+async fn abandon<S: Storage>(io: &S, prepared: &[Prepared<S>]) {
     for one in prepared {
-        remove_files(io, &one.disk, one.snapshot.sequence);
+        withdraw(io, &one.disk, one.snapshot.sequence).await;
     }
 }
 
-fn remove_files<S: Storage>(io: &S, disk: &Disk<S>, sequence: u32) {
-    if let Err(error) = Snapshot::<S>::remove_files(io, &disk.dir, sequence) {
+/// Removes the file of a snapshot that is not in the chain, once no older one names it.
+async fn withdraw<S: Storage>(io: &S, disk: &Disk<S>, sequence: u32) {
+    let forgotten = match disk.chain.now().last() {
+        Some(older) if older.newer() == sequence => older.set_newer(io, 0).await,
+        _ => Ok(()),
+    };
+    // What is left is found prepared at the next start, and deleted then.
+    let removed = forgotten.and_then(|()| Snapshot::<S>::remove_file(io, &disk.dir, sequence));
+    if let Err(error) = removed {
         log::warn!("{}: {}", disk.name, with_sources(&error));
     }
 }
@@ -250,7 +261,7 @@ pub async fn settle<S: Storage>(
 ) -> Result<Vec<(String, String)>, Error> {
     let all: Vec<_> = disks
         .iter()
-        .flat_map(|disk| disk.chain().iter().map(|one| (disk.clone(), one.clone())).collect::<Vec<_>>())
+        .flat_map(|disk| disk.chain.now().iter().map(|one| (disk.clone(), one.clone())).collect::<Vec<_>>())
         .collect();
     let active: Vec<[u8; 16]> = all
         .iter()
@@ -283,9 +294,21 @@ fn check_name(name: &str) -> Result<(), Error> {
 }
 
 impl<S: Storage> Disk<S> {
-    /// A number for one more snapshot: later ones have higher numbers, also after a restart.
-    fn next_sequence(&self) -> u32 {
-        self.chain().last().map_or(0, |last| last.sequence).max(self.control.broken_up_to()) + 1
+    /// A number for one more snapshot: later ones in the chain have higher numbers, no two share a word in
+    /// the control page, and none is given twice while a writer of the first may still be at work.
+    fn next_sequence(&self) -> Result<u32, Error> {
+        let list = self.chain.now();
+        if list.len() >= MAX_SNAPSHOTS {
+            return Err(Error::TooManySnapshots { disk: self.name.clone(), max: MAX_SNAPSHOTS });
+        }
+        let last = list.last().map_or(0, |last| last.sequence).max(self.control.broken_up_to());
+        let last = last.max(self.last_sequence.load(SeqCst));
+        let place = |sequence: u32| sequence as usize % MAX_SNAPSHOTS;
+        let is_free = |sequence: &u32| list.iter().all(|one| place(one.sequence) != place(*sequence));
+        let next = (last..u32::MAX - 1).map(|before| before + 1).find(is_free);
+        let next = next.ok_or_else(|| Error::EpochsExhausted { disk: self.name.clone() })?;
+        self.last_sequence.store(next, SeqCst);
+        Ok(next)
     }
 
     /// Changes the superblock and writes it durably.

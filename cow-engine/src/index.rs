@@ -160,6 +160,18 @@ impl Index {
         unreachable!("a table that is not full has a free entry");
     }
 
+    /// Calls `each` with everything that was published before this was called, and perhaps more.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(Key, Slot)) {
+        for shard in &self.shards {
+            let tables = &shard.tables[..shard.count.load(Acquire)];
+            for entry in tables.iter().filter_map(OnceLock::get).flatten() {
+                if let Some(key) = entry.key.load(Acquire).checked_sub(1) {
+                    each(Key(key), Slot::from_raw(entry.slot.load(Relaxed)));
+                }
+            }
+        }
+    }
+
     fn place(&self, key: Key) -> (&Shard, usize) {
         let hash = self.hasher.hash_one(key.0);
         #[allow(clippy::cast_possible_truncation, reason = "any bits of a hash will do")]

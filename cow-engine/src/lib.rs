@@ -6,6 +6,8 @@
 
 #![deny(unsafe_code)]
 
+mod append;
+mod chain;
 mod claims;
 mod disk;
 mod error;
@@ -17,12 +19,15 @@ pub mod host;
 mod index;
 #[allow(unsafe_code)]
 pub mod memory;
+mod merge;
 mod open;
 mod preserve;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod slots;
 mod snapshot;
 mod storage;
+mod store;
 mod tracker;
 mod view;
 
@@ -31,6 +36,7 @@ pub use cbt;
 pub use disk::{Disk, Event, EventSink};
 pub use error::Error;
 pub use gate::Lane;
+pub use merge::MERGE_STEP;
 pub use open::{DiskOptions, OpenReport, ResetReason};
 pub use snapshot::Snapshot;
 pub use storage::{Durability, Extent, Storage, Zeroing};

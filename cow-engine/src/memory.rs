@@ -5,6 +5,7 @@
 //! only handed to the kernel or copied through raw pointers.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::io::IoSlice;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
@@ -116,6 +117,16 @@ impl<'a> Source<'a> {
     /// # Safety
     /// For `'a` every segment stays mapped and readable. Others may change its bytes meanwhile.
     pub unsafe fn from_segments(segments: &'a [Segment]) -> Self {
+        Self { segments: Segments::many(segments), _memory: PhantomData }
+    }
+
+    /// The bytes of several slices, in order.
+    pub fn of_slices(slices: &'a [IoSlice<'a>]) -> Self {
+        let first = slices.as_ptr().cast::<Segment>();
+        // SAFETY: an `IoSlice` has the layout of an `iovec` (promised by std on Unix), which is that of a
+        // `Segment`; the borrow keeps the list and what it points to alive for `'a`.
+        // JUSTIFICATION: a list of our own buffers goes to the kernel without being copied.
+        let segments = unsafe { std::slice::from_raw_parts(first, slices.len()) };
         Self { segments: Segments::many(segments), _memory: PhantomData }
     }
 

@@ -17,19 +17,26 @@
 //! may have said that some are broken.
 
 use std::fmt;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwapOption;
-use cbt::{BlockGrid, Epoch, Generation};
+use cbt::{BlockGrid, Cells, Epoch, Generation};
 
+use crate::append::Appender;
+use crate::chain::Chain;
 use crate::disk::{Disk, EventSink, with_sources};
 use crate::error::Error;
-use crate::format::{self, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
+use crate::format::{
+    self, Broken, DiskState, MAP_FILE, PAGE, STORE_FILE, SUPERBLOCK_FILE, SnapshotState, Superblock,
+};
 use crate::gate::Gate;
+use crate::index::Slot;
 use crate::memory::{Source, Target};
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage};
+use crate::store::Store;
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
 
 /// What to open, and how.
@@ -50,6 +57,8 @@ pub struct DiskOptions<S: Storage> {
     pub boot: [u8; 16],
     /// Who is told of what happens.
     pub events: EventSink,
+    /// Records that one step of a merge takes in; see [`crate::MERGE_STEP`].
+    pub merge_step: u64,
 }
 
 /// Why a new generation began.
@@ -156,10 +165,17 @@ impl<S: Storage> Disk<S> {
             unclean: found.as_ref().is_some_and(|found| found.state != DiskState::Clean),
             ..OpenReport::default()
         };
+        let store = open_store(io, &options.dir, &names)?;
+        let store_len = store.len(io)?;
         let mut next = next_superblock(found.as_ref(), &options, verdict.reset.is_some());
         let mut chain = Vec::new();
         if verdict.keep_snapshots {
-            chain = load_chain(io, &options.dir, &next.disk, &names, &mut report).await?;
+            let control = match &old_map {
+                Some((old, len)) => old_control(io, old, *len)?,
+                None => None,
+            };
+            let left = Left { store_len, control };
+            chain = load_chain(io, &options.dir, &next.disk, &names, &left, &mut report).await?;
             if let Some((old, len)) = old_map.as_ref().filter(|_| !fits) {
                 take_notes(io, old, *len, &chain, &options.name).await?;
             }
@@ -198,7 +214,11 @@ impl<S: Storage> Disk<S> {
         write_superblock(io, &file, &next).await?;
         io.sync_dir(&options.dir).map_err(fail())?;
         note_broken(&control, &chain, &options.name);
-        link(&chain);
+        for snapshot in &chain {
+            control.set_records(snapshot.sequence, snapshot.loaded_records());
+        }
+        claim_slots(&store, &chain)?;
+        store.tidy(io).await?;
         report.kept.extend(chain.iter().filter(|one| one.is_active()).map(|one| one.name.clone()));
         let disk = Arc::new(Self {
             name: options.name,
@@ -211,13 +231,18 @@ impl<S: Storage> Disk<S> {
             tracker,
             control,
             newest: ArcSwapOption::new(chain.last().cloned()),
-            snapshots: Mutex::new(chain),
+            last_sequence: AtomicU32::new(chain.last().map_or(0, |last| last.sequence)),
+            chain: Chain::new(chain),
+            leaving: Mutex::default(),
+            store,
+            merge_step: options.merge_step.max(1),
+            appender: Appender::default(),
             superblock: Mutex::new(next),
             superblock_file: file,
             events: options.events,
             poisoned: AtomicBool::new(false),
         });
-        disk.collect(io)?;
+        disk.collect(io).await?;
         Ok((disk, report))
     }
 
@@ -237,9 +262,9 @@ impl<S: Storage> Disk<S> {
         if self.control.flush_failed() {
             return Err(Error::Poisoned);
         }
-        let snapshots: Vec<_> = self.chain().clone();
-        for snapshot in snapshots {
-            self.sync_snapshot(io, &snapshot).await;
+        self.sync_store(io).await;
+        for snapshot in self.chain.now().iter() {
+            self.sync_snapshot(io, snapshot).await;
         }
         io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
@@ -452,55 +477,113 @@ async fn load_chain<S: Storage>(
     dir: &S::Dir,
     disk: &[u8; 16],
     names: &[String],
+    left: &Left<S::Cells>,
     report: &mut OpenReport,
 ) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
-    let mut loaded = Vec::new();
+    let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
+    let mut damaged = Vec::new();
+    let mut lost: Option<String> = None;
     for sequence in sequences(names) {
-        let found = if names.contains(&format::index_file(sequence)) {
-            Snapshot::load(io, dir, disk, sequence).await
-        } else {
-            Ok(None)
-        };
-        match found {
+        let loaded = Snapshot::load(io, dir, disk, sequence, left.store_len).await;
+        match loaded.and_then(|found| found.map(|one| left.check_whole(one)).transpose()) {
+            // A creation that did not come to its head.
+            Ok(None) => Snapshot::<S>::remove_file(io, dir, sequence)?,
+            Ok(Some(snapshot)) => chain.push(Arc::new(snapshot)),
             Err(error) if !error.is_damage() => return Err(error),
-            found => loaded.push((sequence, found)),
+            Err(error) => damaged.push((sequence, with_sources(&error))),
         }
     }
-    let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
-    for (sequence, found) in loaded {
-        let damage = match found {
-            Ok(Some(snapshot)) => {
-                chain.push(Arc::new(snapshot));
-                continue;
-            }
-            // What a deletion left, which takes the oldest, or a creation that did not come to its
-            // head, whose store is empty. Anything else had its place in the chain.
-            Ok(None) if chain.is_empty() || is_unused(io, dir, names, sequence)? => None,
-            Ok(None) => Some("its index is gone".to_owned()),
-            Err(error) => Some(with_sources(&error)),
-        };
-        if let Some(reason) = damage {
-            // Older ones may need what it held: they are broken with it.
-            log::warn!("snapshot number {sequence} is damaged: {reason}");
-            for older in &chain {
-                older.set_broken(&format!("a newer snapshot is damaged: {reason}"));
-                older.write_head(io).await?;
-            }
-            report.dropped.push((format!("number {sequence}"), reason));
+    let chain = without_unnamed(io, dir, chain)?;
+    for at in (0..chain.len()).rev() {
+        let newer = chain.get(at + 1);
+        if lost.is_none() && !leads_to(&chain[at], newer.map(|one| &**one)) {
+            let why = damaged.iter().find(|(sequence, _)| *sequence == chain[at].newer());
+            let why = why.map_or("its index is gone", |(_, reason)| reason);
+            lost = Some(format!("a newer snapshot is damaged: {why}"));
         }
-        Snapshot::<S>::remove_files(io, dir, sequence)?;
+        if let Some(reason) = &lost {
+            log::warn!("snapshot '{}' is broken: {reason}", chain[at].name);
+            chain[at].set_broken(Broken { reason: reason.clone(), errno: 0, at_ns: 0 });
+            chain[at].write_head(io).await?;
+        }
+    }
+    // Only now: the heads say what was lost with them.
+    for (sequence, reason) in damaged {
+        log::warn!("snapshot number {sequence} is damaged: {reason}");
+        Snapshot::<S>::remove_file(io, dir, sequence)?;
+        report.dropped.push((format!("number {sequence}"), reason));
     }
     Ok(chain)
 }
 
-/// Whether the store of a snapshot never held anything.
-fn is_unused<S: Storage>(io: &S, dir: &S::Dir, names: &[String], sequence: u32) -> Result<bool, Error> {
-    let store = format::store_file(sequence);
-    if !names.contains(&store) {
-        return Ok(true);
+/// Removes snapshots that their older neighbour does not name: deleted ones that were merged into it, and
+/// prepared ones whose instant had not come.
+fn without_unnamed<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    chain: Vec<Arc<Snapshot<S>>>,
+) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
+    let mut kept: Vec<Arc<Snapshot<S>>> = Vec::new();
+    for snapshot in chain {
+        let is_named = kept.last().is_none_or(|older| older.newer() == snapshot.sequence);
+        if snapshot.state() != SnapshotState::Active && !is_named {
+            Snapshot::<S>::remove_file(io, dir, snapshot.sequence)?;
+        } else {
+            kept.push(snapshot);
+        }
     }
-    let len = io.open(dir, &store).and_then(|file| io.len(&file));
-    Ok(len.map_err(Error::io("opening a snapshot's store"))? == 0)
+    Ok(kept)
+}
+
+/// Whether what `older` does not have is to be looked for in `newer`, the next one that is there.
+fn leads_to<S: Storage>(older: &Snapshot<S>, newer: Option<&Snapshot<S>>) -> bool {
+    older.newer() == newer.map_or(0, |newer| newer.sequence)
+}
+
+/// What else was left that tells whether snapshots are whole.
+struct Left<C> {
+    store_len: u64,
+    control: Option<Control<C>>,
+}
+
+impl<C: Cells> Left<C> {
+    /// Refuses a snapshot whose index has fewer records than were published.
+    fn check_whole<S: Storage>(&self, snapshot: Snapshot<S>) -> Result<Snapshot<S>, Error> {
+        let published = self.control.as_ref().map_or(0, |control| control.records(snapshot.sequence));
+        // Counted modulo 2^32: there may be some more, which were not published.
+        let more = snapshot.loaded_records().wrapping_sub(published).cast_signed();
+        if snapshot.broken().is_none() && more < 0 {
+            return Err(Error::Corrupt { what: "the end of a snapshot's index", at: snapshot.records() });
+        }
+        Ok(snapshot)
+    }
+}
+
+/// Opens or makes the file of the difference store.
+fn open_store<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<Store<S>, Error> {
+    let found = names.iter().any(|name| name == STORE_FILE);
+    let file = if found { io.open(dir, STORE_FILE) } else { io.create(dir, STORE_FILE) };
+    Ok(Store::new(file.map_err(Error::io("opening the difference store"))?))
+}
+
+/// Takes the slots that the records of snapshots name. A broken one has given up its own.
+fn claim_slots<S: Storage>(store: &Store<S>, chain: &[Arc<Snapshot<S>>]) -> Result<(), Error> {
+    for snapshot in chain {
+        if snapshot.broken().is_some() {
+            snapshot.emptied.store(true, SeqCst);
+            continue;
+        }
+        let mut fits = true;
+        snapshot.for_each(|_, slot| {
+            if let Slot::At(slot) = slot {
+                fits &= store.claim(slot);
+            }
+        });
+        if !fits {
+            return Err(Error::Corrupt { what: "a slot of a snapshot's index", at: 0 });
+        }
+    }
+    Ok(())
 }
 
 /// Removes the snapshots of a disk whose image may not be as they left it.
@@ -513,12 +596,12 @@ async fn drop_snapshots<S: Storage>(
     report: &mut OpenReport,
 ) -> Result<(), Error> {
     for sequence in sequences(names) {
-        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence).await
+        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence, u64::MAX).await
             && snapshot.state() == SnapshotState::Active
         {
             report.dropped.push((snapshot.name.clone(), reason.to_owned()));
         }
-        Snapshot::<S>::remove_files(io, dir, sequence)?;
+        Snapshot::<S>::remove_file(io, dir, sequence)?;
     }
     Ok(())
 }
@@ -535,14 +618,9 @@ fn sequences(names: &[String]) -> Vec<u32> {
 fn note_broken<S: Storage>(control: &Control<S::Cells>, chain: &[Arc<Snapshot<S>>], disk: &str) {
     let upto = control.broken_up_to();
     for snapshot in chain.iter().filter(|one| one.sequence <= upto) {
-        if snapshot.set_broken("it broke before the daemon was restarted") {
+        let reason = "it broke before the daemon was restarted".to_owned();
+        if snapshot.set_broken(Broken { reason, errno: 0, at_ns: 0 }) {
             log::warn!("{disk}: snapshot '{}' broke before the daemon was restarted", snapshot.name);
         }
-    }
-}
-
-fn link<S: Storage>(chain: &[Arc<Snapshot<S>>]) {
-    for pair in chain.windows(2) {
-        pair[0].link(pair[1].clone());
     }
 }

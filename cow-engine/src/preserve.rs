@@ -4,11 +4,15 @@
 //! Absent: the choice of *whether* to preserve. [`crate::Disk`] decides, this module does.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::fence;
 
+use crate::append::Item;
+use crate::disk::Disk;
 use crate::error::Error;
 use crate::format::GRAIN;
+use crate::gate::Lane;
 use crate::index::Key;
 use crate::snapshot::{Snapshot, grain_buffer};
 use crate::storage::Storage;
@@ -22,7 +26,9 @@ const MAX_RUN: u64 = (256 << 10) / GRAIN as u64;
 /// is published, or the snapshot is broken, which makes it moot.
 pub(crate) async fn preserve<S: Storage>(
     io: &S,
-    snapshot: &Snapshot<S>,
+    disk: &Disk<S>,
+    lane: Lane,
+    snapshot: &Arc<Snapshot<S>>,
     keys: Range<Key>,
     old: impl AsyncFn(Range<Key>, &mut [u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
@@ -47,7 +53,8 @@ pub(crate) async fn preserve<S: Storage>(
             if snapshot.broken().is_some() {
                 return Ok(());
             }
-            snapshot.append(io, first, &buffer).await?;
+            let item = Item { snapshot: snapshot.clone(), first, old: buffer };
+            disk.appender.append(io, disk, lane, item).await?;
         }
     }
     Ok(())

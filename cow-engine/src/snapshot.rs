@@ -1,27 +1,28 @@
-//! One snapshot: its place in the chain, and the store of what was preserved for it.
+//! One snapshot: its head, and its index of what was preserved for it, in memory and on disk.
 //!
-//! A snapshot's view of a grain is in its own store, or in that of the next newer snapshot that has
-//! it, or still on the live disk. Each snapshot knows its newer neighbour, so a look-up walks up the
-//! chain without a lock.
-//!
-//! Invariant: a key is in the index only after its content and its record are in the store's files,
-//! where they outlive this process; the change that made it necessary comes after that.
-//! Absent: the decision what to preserve ([`crate::preserve`]) and reading ([`crate::view`]).
+//! Invariant: a key is in the index only after its content and its record are in their files, where
+//! they outlive this process.
+//! Absent: the chain it is part of ([`crate::chain`]), the content ([`crate::store`]), the decision what
+//! to preserve ([`crate::preserve`]) and reading ([`crate::view`]).
 
-use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
 
-use cbt::{ChangeId, Epoch, Generation};
+use cbt::{Cells, ChangeId, Epoch, Generation};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::claims::Claims;
 use crate::error::Error;
-use crate::format::{self, GRAIN, PAGE, RECORD, RawRecord, SnapshotHeader, SnapshotState};
+use crate::format::{self, Broken, GRAIN, PAGE, RECORD, RawRecord, SnapshotHeader, SnapshotState};
 use crate::index::{Index, Key, Slot};
 use crate::memory::{AlignedBuf, Source, Target};
 use crate::storage::{Durability, Storage};
+use crate::store;
+use crate::tracker::Control;
+
+/// Records that are read together: 64 KiB.
+const RECORDS_AT_ONCE: u64 = 4096;
 
 /// A snapshot of one disk. See the module.
 pub struct Snapshot<S: Storage> {
@@ -38,46 +39,47 @@ pub struct Snapshot<S: Storage> {
     pub(crate) claims: Claims,
     disk: [u8; 16],
     index_file: S::File,
-    store_file: S::File,
     index: Index,
-    next_slot: AtomicU32,
+    /// Slots that its keys are in.
+    slots: AtomicU64,
+    /// Records that were found when it was loaded.
+    loaded: AtomicU32,
     next_record: AtomicU64,
     /// What `next_record` was when the files were last made durable.
     synced_records: AtomicU64,
     state: AtomicU8,
-    broken: OnceLock<String>,
-    newer: OnceLock<Arc<Self>>,
+    broken: OnceLock<Broken>,
+    /// The number of the next newer one; 0 for none.
+    newer: AtomicU32,
+    /// Its slots were given back, because it is broken.
+    pub(crate) emptied: AtomicBool,
+    /// Records from the first on that were merged into the older neighbour.
+    pub(crate) merged: AtomicU64,
+    /// Records from the first on that are written for certain.
+    pub(crate) settled: AtomicU64,
+    /// Those who preserve into it at this moment.
+    preserving: AtomicU32,
+    /// Nobody needs what is preserved into it any more.
+    ended: AtomicBool,
     /// Who writes the head.
     head: Claims,
 }
 
-/// A key's content, as far as a chain of stores has it.
-pub(crate) enum Located<'a, S: Storage> {
-    /// In this snapshot's store.
-    In(&'a Snapshot<S>, Slot),
-    /// In no store: still on the live disk, if nothing is published meanwhile.
-    Live,
-}
-
 impl<S: Storage> Snapshot<S> {
-    /// Makes the files of a snapshot whose instant is yet to come.
-    ///
-    /// The store comes first and the head last: an index file without a head belongs to a snapshot
-    /// that nothing can depend on.
+    /// Makes the index of a snapshot whose instant is yet to come. A file without a head belongs to a
+    /// snapshot that nothing can depend on.
     pub(crate) async fn create(io: &S, dir: &S::Dir, header: SnapshotHeader) -> Result<Self, Error> {
-        let fail = Error::io("creating the snapshot's files");
         // What an unlucky removal may have left under this number belongs to nothing.
-        Self::remove_files(io, dir, header.sequence)?;
-        let files = io.create(dir, &format::store_file(header.sequence)).and_then(|store| {
-            io.create(dir, &format::index_file(header.sequence)).map(|index| (index, store))
-        });
-        let (index_file, store_file) = files.map_err(fail)?;
-        let snapshot = Self::from_parts(header, index_file, store_file);
+        Self::remove_file(io, dir, header.sequence)?;
+        let index_file = io
+            .create(dir, &format::index_file(header.sequence))
+            .map_err(Error::io("creating the snapshot's index"))?;
+        let snapshot = Self::from_parts(header, index_file);
         snapshot.write_head(io).await?;
         Ok(snapshot)
     }
 
-    fn from_parts(header: SnapshotHeader, index_file: S::File, store_file: S::File) -> Self {
+    fn from_parts(header: SnapshotHeader, index_file: S::File) -> Self {
         let broken = OnceLock::new();
         if let Some(reason) = header.broken {
             let _ = broken.set(reason);
@@ -93,25 +95,33 @@ impl<S: Storage> Snapshot<S> {
             created_ns: header.created_ns,
             claims: Claims::default(),
             disk: header.disk,
+            newer: AtomicU32::new(header.newer),
             index_file,
-            store_file,
             index: Index::default(),
-            next_slot: AtomicU32::new(0),
+            slots: AtomicU64::new(0),
+            loaded: AtomicU32::new(0),
             next_record: AtomicU64::new(0),
             synced_records: AtomicU64::new(0),
             state: AtomicU8::new(state_to_u8(header.state)),
             broken,
-            newer: OnceLock::new(),
+            emptied: AtomicBool::new(false),
+            merged: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            preserving: AtomicU32::new(0),
+            ended: AtomicBool::new(false),
             head: Claims::default(),
         }
     }
 
-    /// Reads a snapshot back from its files. `None` if it was never made whole.
+    /// Reads a snapshot back from its file. `None` if it was never made whole.
+    ///
+    /// `store_len` is how long the store is, in bytes.
     pub(crate) async fn load(
         io: &S,
         dir: &S::Dir,
         disk: &[u8; 16],
         sequence: u32,
+        store_len: u64,
     ) -> Result<Option<Self>, Error> {
         let fail = || Error::io("reading a snapshot's index");
         let index_file = io.open(dir, &format::index_file(sequence)).map_err(fail())?;
@@ -124,54 +134,114 @@ impl<S: Storage> Snapshot<S> {
         let header = SnapshotHeader::from_page(&page)
             .filter(|header| header.disk == *disk && header.sequence == sequence)
             .ok_or(Error::Corrupt { what: "the head of a snapshot's index", at: 0 })?;
-        let store_file = io.open(dir, &format::store_file(sequence)).map_err(fail())?;
-        let snapshot = Self::from_parts(header, index_file, store_file);
-        snapshot.load_records(io, len).await?;
+        let snapshot = Self::from_parts(header, index_file);
+        let count = (len - PAGE as u64).div_ceil(RECORD as u64);
+        snapshot.next_record.store(count, SeqCst);
+        if snapshot.broken().is_none() {
+            snapshot.load_records(io, len, store_len).await?;
+        }
         Ok(Some(snapshot))
     }
 
     /// Takes in every record. Places between may be empty: their writers were stopped before they
     /// published, so nothing was changed on the strength of them.
-    async fn load_records(&self, io: &S, len: u64) -> Result<(), Error> {
-        let mut chunk = vec![0; 64 * PAGE];
-        let (mut at, mut place, mut next_slot) = (PAGE as u64, 0, 0);
-        while at + RECORD as u64 <= len {
-            let whole = (len - at) / RECORD as u64 * RECORD as u64;
-            let size = usize::try_from(whole.min(chunk.len() as u64)).unwrap_or(chunk.len());
-            let part = &mut chunk[..size];
-            io.read(&self.index_file, at, Target::of(part))
-                .await
-                .map_err(Error::io("reading a snapshot's index"))?;
-            for bytes in part.chunks_exact(RECORD) {
+    async fn load_records(&self, io: &S, len: u64, store_len: u64) -> Result<(), Error> {
+        let whole = (len - PAGE as u64) / RECORD as u64;
+        let mut end = 0;
+        let mut place = 0;
+        while place < whole {
+            let count = (whole - place).min(RECORDS_AT_ONCE);
+            for entry in self.read_records(io, place, count).await?.into_iter().flatten() {
+                let (key, slot) = entry;
+                self.loaded.fetch_add(1, Relaxed);
+                if self.index.get(key).is_none() {
+                    self.index.insert(key, slot);
+                    if let Slot::At(slot) = slot {
+                        end = end.max(store::bytes(slot) + GRAIN as u64);
+                        self.slots.fetch_add(1, Relaxed);
+                    }
+                }
+            }
+            place += count;
+        }
+        if store_len < end {
+            return Err(Error::Corrupt { what: "the end of the difference store", at: store_len });
+        }
+        Ok(())
+    }
+
+    /// Reads `count` records from `place` on; `None` for places that were not written.
+    pub(crate) async fn read_records(
+        &self,
+        io: &S,
+        place: u64,
+        count: u64,
+    ) -> Result<Vec<Option<(Key, Slot)>>, Error> {
+        let size = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(RECORD);
+        let mut chunk = vec![0; size];
+        let at = PAGE as u64 + place * RECORD as u64;
+        io.read(&self.index_file, at, Target::of(&mut chunk))
+            .await
+            .map_err(Error::io("reading a snapshot's index"))?;
+        (place..)
+            .zip(chunk.chunks_exact(RECORD))
+            .map(|(place, bytes)| {
                 let Ok(record) = RawRecord::read_from_bytes(bytes) else {
                     unreachable!("the chunk is a record long")
                 };
                 match record.check(&self.disk, self.sequence, place) {
-                    Some((key, slot)) if self.index.get(key).is_none() => {
-                        self.index.insert(key, slot);
-                        if let Slot::At(slot) = slot {
-                            next_slot = next_slot.max(slot + 1);
-                        }
-                    }
-                    Some(_) => {}
-                    None if bytes.iter().all(|&byte| byte == 0) => {}
+                    Some(entry) => Ok(Some(entry)),
+                    None if bytes.iter().all(|&byte| byte == 0) => Ok(None),
                     // A record lies within a page, so it was written wholly or not at all.
                     None => {
                         let at = PAGE as u64 + place * RECORD as u64;
-                        return Err(Error::Corrupt { what: "a record of a snapshot's index", at });
+                        Err(Error::Corrupt { what: "a record of a snapshot's index", at })
                     }
                 }
-                place += 1;
-            }
-            at += size as u64;
-        }
-        let held = u64::from(next_slot) * GRAIN as u64;
-        if io.len(&self.store_file).map_err(Error::io("opening a snapshot's store"))? < held {
-            return Err(Error::Corrupt { what: "the end of a snapshot's store", at: held });
-        }
-        self.next_record.store((len - PAGE as u64).div_ceil(RECORD as u64), SeqCst);
-        self.next_slot.store(next_slot, SeqCst);
-        Ok(())
+            })
+            .collect()
+    }
+
+    /// Lets the caller preserve into it until the answer is dropped; `None` if nobody needs that any more.
+    pub(crate) fn begin_preserving(&self) -> Option<Preserving<'_, S>> {
+        self.preserving.fetch_add(1, SeqCst);
+        let held = Preserving { snapshot: self };
+        // Counted first, looked second; who empties it tells first and counts second. Whichever comes
+        // later in the one order of SeqCst sees the other.
+        fence(SeqCst);
+        let over = self.ended.load(SeqCst) || self.broken().is_some();
+        (!over).then_some(held)
+    }
+
+    /// From now on nobody begins to preserve into it.
+    pub(crate) fn end_preserving(&self) {
+        self.ended.store(true, SeqCst);
+    }
+
+    /// Whether someone still preserves into it, after it broke or after [`Snapshot::end_preserving`].
+    pub(crate) fn is_preserving(&self) -> bool {
+        fence(SeqCst);
+        self.preserving.load(SeqCst) > 0
+    }
+
+    /// Records that were found when it was loaded, modulo 2^32.
+    pub(crate) fn loaded_records(&self) -> u32 {
+        self.loaded.load(Relaxed)
+    }
+
+    /// Records that were written or are being written.
+    pub(crate) fn records(&self) -> u64 {
+        self.next_record.load(SeqCst)
+    }
+
+    /// Calls `each` with every key and where it is.
+    pub(crate) fn for_each(&self, each: impl FnMut(Key, Slot)) {
+        self.index.for_each(each);
+    }
+
+    /// Where `key` is, if this snapshot has it itself.
+    pub(crate) fn get(&self, key: Key) -> Option<Slot> {
+        self.index.get(key)
     }
 
     /// The snapshot's place in history.
@@ -201,12 +271,18 @@ impl<S: Storage> Snapshot<S> {
 
     /// Bytes of old content in its store.
     pub fn bytes_held(&self) -> u64 {
-        u64::from(self.next_slot.load(Relaxed)) * GRAIN as u64
+        let gone = self.emptied.load(SeqCst);
+        if gone { 0 } else { self.slots.load(Relaxed) * GRAIN as u64 }
     }
 
     /// Why it is broken, if it is.
     pub fn broken(&self) -> Option<&str> {
-        self.broken.get().map(String::as_str)
+        self.broken.get().map(|broken| broken.reason.as_str())
+    }
+
+    /// When it broke, in nanoseconds since 1970, and the system's error number; either may be 0, unknown.
+    pub fn broken_when(&self) -> Option<(u64, u32)> {
+        self.broken.get().map(|broken| (broken.at_ns, broken.errno))
     }
 
     /// Whether a user sees it.
@@ -227,18 +303,23 @@ impl<S: Storage> Snapshot<S> {
     }
 
     /// Breaks it; the first reason stays. Answers whether this was the first.
-    pub(crate) fn set_broken(&self, reason: &str) -> bool {
-        self.broken.set(reason.to_owned()).is_ok()
+    pub(crate) fn set_broken(&self, broken: Broken) -> bool {
+        self.broken.set(broken).is_ok()
     }
 
-    pub(crate) fn newer(&self) -> Option<&Arc<Self>> {
-        self.newer.get()
+    /// The number of the next newer one, as the head says; 0 for none.
+    pub(crate) fn newer(&self) -> u32 {
+        self.newer.load(SeqCst)
     }
 
-    /// Appends `newer` to the chain. The gate is closed.
-    pub(crate) fn link(&self, newer: Arc<Self>) {
-        let linked = self.newer.set(newer);
-        debug_assert!(linked.is_ok(), "a snapshot has one newer neighbour");
+    /// Names another one as the next newer, in the head too.
+    pub(crate) async fn set_newer(&self, io: &S, newer: u32) -> Result<(), Error> {
+        let before = self.newer.swap(newer, SeqCst);
+        let written = self.write_head(io).await;
+        if written.is_err() {
+            self.newer.store(before, SeqCst);
+        }
+        written
     }
 
     /// Whether `key` is preserved here.
@@ -246,79 +327,30 @@ impl<S: Storage> Snapshot<S> {
         self.index.get(key).is_some()
     }
 
-    /// Finds `key` in this snapshot or the next newer one that has it.
+    /// Writes the records of keys whose content is in its slots, then publishes them.
     ///
-    /// # Errors
-    /// [`Error::SnapshotBroken`] if a broken one is passed: what it does not have may be lost.
-    pub(crate) fn locate(&self, key: Key) -> Result<Located<'_, S>, Error> {
-        let mut here = self;
-        loop {
-            if let Some(slot) = here.index.get(key) {
-                return Ok(Located::In(here, slot));
-            }
-            if let Some(reason) = here.broken() {
-                return Err(Error::SnapshotBroken { name: self.name.clone(), reason: reason.to_owned() });
-            }
-            match here.newer() {
-                Some(newer) => here = newer,
-                None => return Ok(Located::Live),
-            }
-        }
-    }
-
-    /// Writes old content into the store, then its records, then publishes the keys.
-    ///
-    /// `old` holds whole grains, for the keys from `first` on, which the caller has claimed.
-    /// A stop before the records leaves slots that nobody knows; before the publication, records
-    /// of content that is also still on the live disk. Both are harmless.
-    pub(crate) async fn append(&self, io: &S, first: Key, old: &[u8]) -> Result<(), Error> {
-        let fail = || Error::io("writing to the difference store");
-        let grains = old.chunks_exact(GRAIN);
-        let mut slots: Vec<Slot> = Vec::with_capacity(grains.len());
-        let used = grains.clone().filter(|grain| !is_zero(grain)).count();
-        let mut next = self.take_slots(used)?;
-        for grain in grains {
-            slots.push(if is_zero(grain) { Slot::Zero } else { Slot::At(next) });
-            next += u32::from(!is_zero(grain));
-        }
-        for run in runs_of(&slots, |slot| matches!(slot, Slot::At(_))) {
-            if let Slot::At(slot) = slots[run.start] {
-                let bytes = &old[run.start * GRAIN..run.end * GRAIN];
-                let at = u64::from(slot) * GRAIN as u64;
-                io.write(&self.store_file, at, Source::of(bytes), Durability::Cached).await.map_err(fail())?;
-            }
-        }
-        let place = self.next_record.fetch_add(slots.len() as u64, SeqCst);
-        let keys = (first.to_raw()..).map(Key::from_raw);
+    /// They are counted in the map's control page between the two: an index that was cut short has fewer.
+    pub(crate) async fn record<C: Cells>(
+        &self,
+        io: &S,
+        control: &Control<C>,
+        entries: &[(Key, Slot)],
+    ) -> Result<(), Error> {
+        let place = self.next_record.fetch_add(entries.len() as u64, SeqCst);
         let records: Vec<RawRecord> = (place..)
-            .zip(keys.clone())
-            .zip(&slots)
-            .map(|((place, key), &slot)| RawRecord::new(&self.disk, self.sequence, place, key, slot))
+            .zip(entries)
+            .map(|(place, &(key, slot))| RawRecord::new(&self.disk, self.sequence, place, key, slot))
             .collect();
         let at = PAGE as u64 + place * RECORD as u64;
-        let records = Source::of(records.as_bytes());
-        io.write(&self.index_file, at, records, Durability::Cached).await.map_err(fail())?;
-        for (key, slot) in keys.zip(slots) {
+        io.write(&self.index_file, at, Source::of(records.as_bytes()), Durability::Cached)
+            .await
+            .map_err(Error::io("writing to a snapshot's index"))?;
+        control.note_records(self.sequence, u32::try_from(entries.len()).unwrap_or(u32::MAX));
+        for &(key, slot) in entries {
             self.index.insert(key, slot);
+            self.slots.fetch_add(u32::from(matches!(slot, Slot::At(_))).into(), Relaxed);
         }
         Ok(())
-    }
-
-    fn take_slots(&self, count: usize) -> Result<u32, Error> {
-        let count = u32::try_from(count).unwrap_or(u32::MAX);
-        self.next_slot
-            .try_update(SeqCst, SeqCst, |next| next.checked_add(count).filter(|&end| end < u32::MAX))
-            .map_err(|_| Error::Io {
-                what: "writing to the difference store",
-                source: std::io::Error::from(std::io::ErrorKind::StorageFull),
-            })
-    }
-
-    /// Fills `out` with bytes of the store from `at` on; slot *n* begins at *n* times a grain.
-    pub(crate) async fn read_bytes(&self, io: &S, at: u64, out: &mut [u8]) -> Result<(), Error> {
-        io.read(&self.store_file, at, Target::of(out))
-            .await
-            .map_err(Error::io("reading the difference store"))
     }
 
     /// Writes the head as the snapshot now is.
@@ -342,6 +374,7 @@ impl<S: Storage> Snapshot<S> {
             capacity: self.capacity,
             created_ns: self.created_ns,
             name: self.name.clone(),
+            newer: self.newer(),
             broken: self.broken.get().cloned(),
         }
     }
@@ -351,26 +384,31 @@ impl<S: Storage> Snapshot<S> {
         self.next_record.load(SeqCst) != self.synced_records.load(SeqCst)
     }
 
-    /// Makes everything in its files durable.
+    /// Makes everything in its index durable.
     pub(crate) async fn sync(&self, io: &S) -> Result<(), Error> {
         self.synced_records.store(self.next_record.load(SeqCst), SeqCst);
-        for file in [&self.store_file, &self.index_file] {
-            io.sync(file).await.map_err(Error::io("flushing the difference store"))?;
-        }
-        Ok(())
+        io.sync(&self.index_file).await.map_err(Error::io("flushing a snapshot's index"))
     }
 
-    /// Removes a snapshot's files. The head goes first: what is left then belongs to nothing.
-    pub(crate) fn remove_files(io: &S, dir: &S::Dir, sequence: u32) -> Result<(), Error> {
-        for file in [format::index_file(sequence), format::store_file(sequence)] {
-            match io.remove(dir, &file) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::Io { what: "removing a snapshot's files", source: error });
-                }
-                _ => {}
+    /// Removes a snapshot's index: what its keys were in belongs to nobody then.
+    pub(crate) fn remove_file(io: &S, dir: &S::Dir, sequence: u32) -> Result<(), Error> {
+        match io.remove(dir, &format::index_file(sequence)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::Io { what: "removing a snapshot's index", source: error })
             }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+}
+
+/// The right to preserve into a snapshot.
+pub(crate) struct Preserving<'a, S: Storage> {
+    snapshot: &'a Snapshot<S>,
+}
+
+impl<S: Storage> Drop for Preserving<'_, S> {
+    fn drop(&mut self) {
+        self.snapshot.preserving.fetch_sub(1, SeqCst);
     }
 }
 
@@ -380,22 +418,6 @@ fn state_to_u8(state: SnapshotState) -> u8 {
         SnapshotState::Active => 2,
         SnapshotState::Deleted => 3,
     }
-}
-
-/// Whether all bytes are zero.
-fn is_zero(grain: &[u8]) -> bool {
-    grain.chunks(64).all(|part| part.iter().fold(0, |any, &byte| any | byte) == 0)
-}
-
-/// Maximal runs of items for which `is` holds.
-pub(crate) fn runs_of<T>(items: &[T], is: impl Fn(&T) -> bool) -> impl Iterator<Item = Range<usize>> {
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        let start = at + items[at..].iter().position(&is)?;
-        let end = items[start..].iter().position(|item| !is(item)).map_or(items.len(), |n| start + n);
-        at = end;
-        Some(start..end)
-    })
 }
 
 /// A buffer for `grains` grains.

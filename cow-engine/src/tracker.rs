@@ -35,6 +35,11 @@ pub(crate) struct Control<C> {
 pub(crate) const CONTROL_CELLS: usize = CELLS_PER_PAGE;
 const BROKEN_UP_TO: usize = 0;
 const FLUSH_FAILED: usize = 1;
+/// From here on a word per snapshot, by its number.
+const RECORDS: usize = 64;
+
+/// Snapshots that a disk may have at a time, deleted ones that are being merged included.
+pub(crate) const MAX_SNAPSHOTS: usize = CONTROL_CELLS - RECORDS;
 
 impl<C: Cells> Control<C> {
     pub(crate) fn new(cells: Arc<C>) -> Self {
@@ -69,6 +74,25 @@ impl<C: Cells> Control<C> {
     /// Notes whether a flush of the image has failed, at once and without fail.
     pub(crate) fn note_flush_failed(&self, failed: bool) {
         self.word(FLUSH_FAILED).store(failed.into(), SeqCst);
+    }
+
+    /// Notes that `count` more records of a snapshot are written, before they are published.
+    pub(crate) fn note_records(&self, sequence: u32, count: u32) {
+        self.records_word(sequence).fetch_add(count, SeqCst);
+    }
+
+    /// Notes how many records of a snapshot are written.
+    pub(crate) fn set_records(&self, sequence: u32, count: u32) {
+        self.records_word(sequence).store(count, SeqCst);
+    }
+
+    /// How many records of a snapshot are written at least, modulo 2^32.
+    pub(crate) fn records(&self, sequence: u32) -> u32 {
+        self.records_word(sequence).load(SeqCst)
+    }
+
+    fn records_word(&self, sequence: u32) -> &AtomicU32 {
+        self.word(RECORDS + sequence as usize % MAX_SNAPSHOTS)
     }
 
     fn word(&self, index: usize) -> &AtomicU32 {

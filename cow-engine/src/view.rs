@@ -11,12 +11,13 @@ use std::sync::atomic::fence;
 
 use cbt::{BlockGrid, ByteRange, Changes, Epoch, PAGE_BYTES};
 
+use crate::chain;
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::format::{GRAIN, SnapshotState};
 use crate::index::{Key, Slot};
 use crate::memory::Target;
-use crate::snapshot::{Located, Snapshot};
+use crate::snapshot::Snapshot;
 use crate::storage::{Extent, Storage};
 
 /// The readable image of a snapshot.
@@ -64,13 +65,15 @@ impl<S: Storage> View<S> {
         let end = at + out.len() as u64;
         assert!(end <= self.capacity(), "a view is read within its size");
         self.check()?;
+        let list = self.disk.chain.now();
+        let chain = chain::from(&list, &self.snapshot)?;
         let mut from = at;
         while from < end {
-            let (found, to) = self.run(from, end)?;
+            let (found, to) = run(chain, from, end)?;
             let part = &mut out[index(from - at)..index(to - at)];
             match found {
                 Found::Zero => part.fill(0),
-                Found::Slots(holder, slot) => read_slots(io, holder, slot, from, part).await?,
+                Found::Slots(slot) => self.read_slots(io, slot, from, part).await?,
                 Found::Live => self.read_live(io, from, part).await?,
             }
             from = to;
@@ -82,14 +85,17 @@ impl<S: Storage> View<S> {
     async fn read_live(&self, io: &S, at: u64, out: &mut [u8]) -> Result<(), Error> {
         let read = io.read(&self.disk.image, at, Target::of(out)).await;
         read.map_err(Error::io("reading the image for a snapshot"))?;
+        // Through the chain as it is now: a newer snapshot may have it.
+        let list = self.disk.chain.now();
+        let chain = chain::from(&list, &self.snapshot)?;
         let end = at + out.len() as u64;
         let mut from = at;
         while from < end {
-            let (found, to) = self.run(from, end)?;
+            let (found, to) = run(chain, from, end)?;
             let part = &mut out[index(from - at)..index(to - at)];
             match found {
                 Found::Zero => part.fill(0),
-                Found::Slots(holder, slot) => read_slots(io, holder, slot, from, part).await?,
+                Found::Slots(slot) => self.read_slots(io, slot, from, part).await?,
                 Found::Live => {}
             }
             from = to;
@@ -97,70 +103,37 @@ impl<S: Storage> View<S> {
         Ok(())
     }
 
-    /// Where the bytes from `from` on are, and how far that goes, at most to `end`.
-    fn run(&self, from: u64, end: u64) -> Result<(Found<'_, S>, u64), Error> {
-        let first = from / GRAIN as u64;
-        let found = self.find(first)?;
-        let mut grain = first + 1;
-        while grain * (GRAIN as u64) < end {
-            let goes_on = match (&found, self.find(grain)?) {
-                (Found::Zero, Found::Zero) | (Found::Live, Found::Live) => true,
-                (Found::Slots(a, slot), Found::Slots(b, next)) => {
-                    std::ptr::eq(*a, b) && u64::from(next) == u64::from(*slot) + (grain - first)
-                }
-                _ => false,
-            };
-            if !goes_on {
-                break;
-            }
-            grain += 1;
-        }
-        Ok((found, end.min(grain * GRAIN as u64)))
-    }
-
-    fn find(&self, grain: u64) -> Result<Found<'_, S>, Error> {
-        Ok(match self.snapshot.locate(Key::grain(grain))? {
-            Located::In(_, Slot::Zero) => Found::Zero,
-            Located::In(holder, Slot::At(slot)) => Found::Slots(holder, slot),
-            Located::Live => Found::Live,
-        })
+    /// Reads bytes from `at` on, whose grains are in slots from `slot` on.
+    async fn read_slots(&self, io: &S, slot: u32, at: u64, out: &mut [u8]) -> Result<(), Error> {
+        self.disk.store.read(io, slot, at % GRAIN as u64, out).await
     }
 
     /// Data and zeros of a range, in order, without gaps: `hole` for what reads as zeros without
     /// being stored. May say data where there are zeros, never the other way round.
     pub fn extents(&self, io: &S, range: ByteRange) -> Result<Vec<Extent>, Error> {
-        let mut extents: Vec<Extent> = Vec::new();
-        let mut add = |range: ByteRange, hole: bool| match extents.last_mut() {
-            Some(last) if last.hole == hole => last.range = ByteRange::new(last.range.start(), range.end()),
-            _ => extents.push(Extent { range, hole }),
-        };
         self.check()?;
-        let mut from = range.start();
-        while from < range.end() {
-            let (found, to) = self.run(from, range.end())?;
-            let here = ByteRange::new(from, to);
-            match found {
-                Found::Zero => add(here, true),
-                Found::Slots(..) => add(here, false),
-                Found::Live => {
-                    let fail = Error::io("asking the image for its holes");
-                    for live in io.extents(&self.disk.image, here).map_err(fail)? {
-                        let mut at = live.range.start();
-                        while at < live.range.end() {
-                            // A hole counts only if nothing was preserved from it meanwhile.
-                            let (found, to) = self.run(at, live.range.end())?;
-                            let hole = match found {
-                                Found::Zero => true,
-                                Found::Slots(..) => false,
-                                Found::Live => live.hole,
-                            };
-                            add(ByteRange::new(at, to), hole);
-                            at = to;
-                        }
-                    }
+        // Asked once for all: a question for each live run would be slow on an image in memory.
+        let live =
+            io.extents(&self.disk.image, range).map_err(Error::io("asking the image for its holes"))?;
+        // Through the chain as it is now: a hole counts only if nothing was preserved from it meanwhile.
+        let list = self.disk.chain.now();
+        let chain = chain::from(&list, &self.snapshot)?;
+        let mut extents: Vec<Extent> = Vec::new();
+        for live in live {
+            let mut from = live.range.start();
+            while from < live.range.end() {
+                let (found, to) = run(chain, from, live.range.end())?;
+                let hole = match found {
+                    Found::Zero => true,
+                    Found::Slots(_) => false,
+                    Found::Live => live.hole,
+                };
+                match extents.last_mut() {
+                    Some(last) if last.hole == hole => last.range = ByteRange::new(last.range.start(), to),
+                    _ => extents.push(Extent { range: ByteRange::new(from, to), hole }),
                 }
+                from = to;
             }
-            from = to;
         }
         self.check()?;
         Ok(extents)
@@ -215,22 +188,25 @@ impl<S: Storage> View<S> {
     /// A page of the change map as it was at the instant: frozen, or live and not marked since.
     async fn read_map_page(&self, io: &S, page: u64, cells: &mut [u8; PAGE_BYTES]) -> Result<(), Error> {
         let key = Key::map_page(page);
-        if let Located::Live = self.snapshot.locate(key)? {
+        if self.locate(key)?.is_none() {
             self.tracked()?.copy_page(page, cells);
         }
         // A page is published before it is marked, so a copy that is torn or late is found out here;
         // the fence keeps the look-up behind the copy.
         fence(Acquire);
-        match self.snapshot.locate(key)? {
-            Located::Live => Ok(()),
-            Located::In(_, Slot::Zero) => {
+        match self.locate(key)? {
+            None => Ok(()),
+            Some(Slot::Zero) => {
                 cells.fill(0);
                 Ok(())
             }
-            Located::In(holder, Slot::At(slot)) => {
-                holder.read_bytes(io, u64::from(slot) * GRAIN as u64, cells).await
-            }
+            Some(Slot::At(slot)) => self.disk.store.read(io, slot, 0, cells).await,
         }
+    }
+
+    fn locate(&self, key: Key) -> Result<Option<Slot>, Error> {
+        let list = self.disk.chain.now();
+        chain::locate(chain::from(&list, &self.snapshot)?, key)
     }
 
     /// The tracker, if it knows this snapshot's history.
@@ -256,21 +232,36 @@ impl<S: Storage> View<S> {
 }
 
 /// Where a run of bytes is.
-enum Found<'a, S: Storage> {
+enum Found {
     Zero,
-    Slots(&'a Snapshot<S>, u32),
+    Slots(u32),
     Live,
 }
 
-/// Reads bytes from `at` on, whose grains are in slots from `slot` on.
-async fn read_slots<S: Storage>(
-    io: &S,
-    holder: &Snapshot<S>,
-    slot: u32,
-    at: u64,
-    out: &mut [u8],
-) -> Result<(), Error> {
-    holder.read_bytes(io, u64::from(slot) * GRAIN as u64 + at % GRAIN as u64, out).await
+/// Where the bytes from `from` on are, and how far that goes, at most to `end`.
+fn run<S: Storage>(chain: &[Arc<Snapshot<S>>], from: u64, end: u64) -> Result<(Found, u64), Error> {
+    let find = |grain: u64| {
+        Ok(match chain::locate(chain, Key::grain(grain))? {
+            Some(Slot::Zero) => Found::Zero,
+            Some(Slot::At(slot)) => Found::Slots(slot),
+            None => Found::Live,
+        })
+    };
+    let first = from / GRAIN as u64;
+    let found = find(first)?;
+    let mut grain = first + 1;
+    while grain * (GRAIN as u64) < end {
+        let goes_on = match (&found, find(grain)?) {
+            (Found::Zero, Found::Zero) | (Found::Live, Found::Live) => true,
+            (Found::Slots(slot), Found::Slots(next)) => u64::from(next) == u64::from(*slot) + (grain - first),
+            _ => false,
+        };
+        if !goes_on {
+            break;
+        }
+        grain += 1;
+    }
+    Ok((found, end.min(grain * GRAIN as u64)))
 }
 
 fn index(n: u64) -> usize {

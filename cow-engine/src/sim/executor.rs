@@ -246,4 +246,11 @@ impl Sim {
     pub fn names(&self, dir: SimDir) -> io::Result<Vec<String>> {
         Ok(self.world.borrow().dirs[dir.index()].names.keys().cloned().collect())
     }
+
+    /// Bytes of a file that take space; none if there is no such file.
+    pub fn allocated(&self, dir: SimDir, name: &str) -> u64 {
+        let world = self.world.borrow();
+        let file = world.dirs[dir.index()].names.get(name).and_then(|id| world.files.get(id));
+        file.map_or(0, super::medium::File::allocated)
+    }
 }

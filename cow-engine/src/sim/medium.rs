@@ -156,6 +156,11 @@ impl File {
         self.pages.get(&(at / PAGE as u64)).is_none_or(|page| page.hole)
     }
 
+    /// Bytes of pages that are no holes.
+    pub(super) fn allocated(&self) -> u64 {
+        self.pages.values().filter(|page| !page.hole).count() as u64 * PAGE as u64
+    }
+
     /// What a sync that begins now has to make durable.
     pub(super) fn capture(&self) -> Captured {
         let dirty = self.pages.iter().filter(|(_, page)| page.dirty != 0);

@@ -61,6 +61,7 @@ struct Rig<'a> {
     profile: Profile,
     rules: Vec<Rule>,
     mix: Mix,
+    merge_step: u64,
     place: &'a dyn Fn(&str),
     round: u64,
 }
@@ -143,7 +144,8 @@ impl<'a> Rig<'a> {
             unmap_works,
             next_name: Cell::new(0),
         });
-        Self { sim, shared, specs, random, profile, rules, mix, place, round: 0 }
+        let merge_step = *random.pick(&[1, 3, 10, 100]);
+        Self { sim, shared, specs, random, profile, rules, mix, merge_step, place, round: 0 }
     }
 
     fn at(&self, phase: &str, crash_at: u64) {
@@ -214,6 +216,7 @@ impl<'a> Rig<'a> {
                 tracking: (*block != 0).then(|| BlockGrid::new(*block).expect("a block size")),
                 boot: self.sim.boot(),
                 events: Arc::new(|_| {}),
+                merge_step: self.merge_step,
             }
         };
         self.specs.iter().zip(blocks).enumerate().map(make).collect()
@@ -430,7 +433,12 @@ impl<'a> Rig<'a> {
                     random.shuffle(&mut names);
                     for name in names {
                         disk.delete_snapshot(&io, &name).await.expect("no faults now");
+                        if random.one_in(3) {
+                            work::maintain_all(&io, &disk).await.expect("no faults now");
+                        }
                     }
+                    work::maintain_all(&io, &disk).await.expect("no faults now");
+                    assert_eq!(disk.bytes_stored(), 0, "slots are left");
                 }
             },
             u64::MAX,
@@ -438,7 +446,9 @@ impl<'a> Rig<'a> {
         assert!(ended.is_some());
         for (at, spec) in self.specs.iter().enumerate() {
             let names = self.sim.names(spec.dir).expect("a directory");
-            assert_eq!(names, ["map", "superblock"], "disk {at}: files are left");
+            assert_eq!(names, ["map", "store", "superblock"], "disk {at}: files are left");
+            let stored = self.sim.allocated(spec.dir, "store");
+            assert!(stored == 0 || !self.shared.unmap_works, "disk {at}: {stored} bytes are left");
         }
     }
 }

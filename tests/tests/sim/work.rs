@@ -246,11 +246,26 @@ pub(crate) async fn administrator(
             let of = |disk| oracle.groups_of(disk, |fate| fate == Fate::Held);
             (0..disks.len()).flat_map(|disk| of(disk).into_iter().map(move |group| (group, disk))).collect()
         };
-        if held.is_empty() || (held.len() as u64) < most_held && !random.one_in(4) {
+        if random.one_in(2) {
+            maintain(&shared, &mut admin, &disks, &mut random).await;
+        } else if held.is_empty() || (held.len() as u64) < most_held && !random.one_in(4) {
             create(&shared, &mut admin, &disks, &mut random).await;
         } else {
             let &(group, disk) = random.pick(&held);
             delete(&shared, &disks, group, disk).await;
+        }
+    }
+}
+
+/// Some steps of what deletions left.
+async fn maintain(shared: &Shared, admin: &mut group::Admin, disks: &[SimDisk], random: &mut Random) {
+    let disk = random.pick(disks).clone();
+    for _ in 0..random.within(1..30) {
+        match disk.maintain(admin, &shared.io).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) if shared.is_dead() => return,
+            Err(error) => shared.allow("maintaining", &error),
         }
     }
 }
@@ -466,6 +481,25 @@ pub(crate) async fn judge_all(shared: Rc<Shared>, disks: Vec<SimDisk>, mut rando
     for group in groups {
         judge(shared.oracle.borrow().check_instant(group));
     }
+    if random.one_in(2) {
+        for disk in &disks {
+            account(&shared, disk).await;
+        }
+    }
+}
+
+/// Lets a disk finish what deletions left; then each slot is somebody's.
+async fn account(shared: &Shared, disk: &SimDisk) {
+    maintain_all(&shared.io, disk).await.expect("no faults now");
+    let held: u64 = disk.snapshots().iter().map(|snapshot| snapshot.bytes_held()).sum();
+    assert_eq!(disk.bytes_stored(), held, "{}: bytes of no snapshot", disk.name());
+}
+
+/// Maintains a disk until there is nothing left to do.
+pub(crate) async fn maintain_all(io: &SimStorage, disk: &SimDisk) -> Result<(), Error> {
+    let mut admin = group::Admin::new();
+    while disk.maintain(&mut admin, io).await? {}
+    Ok(())
 }
 
 async fn judge_view(

@@ -11,6 +11,7 @@ mod cli;
 #[allow(unsafe_code)]
 mod descriptor;
 mod disk_spec;
+mod maintenance;
 mod nbd;
 mod serve;
 mod service;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow, bail};
@@ -22,15 +22,13 @@ use vhost_blk::{Cache, Connection, Device, DiscardMode, LogicalBlock, Options};
 use crate::args::Doors;
 use crate::catalog::Catalog;
 use crate::disk_spec::DiskSpec;
+use crate::maintenance::Upkeep;
 use crate::nbd::NbdServer;
 use crate::service::ControlService;
 use crate::stop::Stop;
 
 /// How long to wait for the last I/O of a daemon that was killed, which holds its locks.
 const FENCE: Duration = Duration::from_secs(10);
-
-/// How often to look whether difference stores reach their medium.
-const STORE_CHECKS: Duration = Duration::from_secs(10);
 
 /// How front ends reach the disks.
 pub(crate) enum FrontEnd {
@@ -131,9 +129,10 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         None => None,
     };
     let disks = Arc::new(disks);
+    let upkeep = Upkeep::new();
     let service = ControlService {
         disks: disks.clone(),
-        admin: Mutex::new(Admin::new()),
+        upkeep: upkeep.clone(),
         catalog,
         hub: hub.clone(),
         stop: stop.clone(),
@@ -157,7 +156,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         log::info!("{}: serving {}", served.spec.name, served.image_path);
     }
 
-    watch_stores(disks.clone(), stop.clone())?;
+    let maintenance = upkeep.start(disks.clone())?;
 
     stop.wait();
     log::info!("stopping");
@@ -165,6 +164,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         server.stop(Duration::from_secs(2));
     }
     nbd.stop();
+    drop(maintenance);
     for path in created.iter().chain(&plan.doors.nbd) {
         let _ = std::fs::remove_file(path);
     }
@@ -237,6 +237,7 @@ fn open_disk(executor: &Executor, spec: DiskSpec, boot: [u8; 16], hub: &EventHub
         tracking: spec.tracking,
         boot,
         events,
+        merge_step: cow_engine::MERGE_STEP,
     };
     let opened = executor.block_on(Disk::open(&executor.storage(), options));
     let (disk, report) =
@@ -381,7 +382,7 @@ fn make_directory_of(path: &Path, default: &Path) -> anyhow::Result<()> {
     made.with_context(|| format!("cannot make {}", directory.display()))
 }
 
-/// Allows as many descriptors as the system lets us: a snapshot takes two, a queue and a client some.
+/// Allows as many descriptors as the system lets us: a snapshot takes one, a queue and a client some.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -389,27 +390,6 @@ fn raise_descriptor_limit() {
     if let Err(error) = raised {
         log::warn!("cannot raise the limit of open files: {error}");
     }
-}
-
-/// Looks now and then whether what was kept for snapshots reached its medium.
-fn watch_stores(disks: Arc<Vec<Served>>, stop: Stop) -> anyhow::Result<()> {
-    crate::thread("stores", move || {
-        let executor = match Executor::new(16) {
-            Ok(executor) => executor,
-            Err(error) => {
-                log::warn!("cannot watch the difference stores: {error}");
-                return;
-            }
-        };
-        let io = executor.storage();
-        while !stop.wait_for(STORE_CHECKS) {
-            for served in disks.iter() {
-                executor.block_on(served.disk.check_stores(&io));
-            }
-        }
-    })
-    .context("cannot start a thread")?;
-    Ok(())
 }
 
 /// Ends the daemon in order on the signals that ask for it.

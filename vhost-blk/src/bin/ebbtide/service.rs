@@ -1,9 +1,9 @@
 //! The control plane's verbs, carried out on the engine.
 //!
-//! Invariant: verbs that change which snapshots there are run one at a time ([`Admin`] behind a lock);
+//! Invariant: verbs that change which snapshots there are run one at a time (by [`Upkeep`]);
 //! all others run beside them and beside each other.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use control::commands::{
@@ -15,11 +15,12 @@ use control::commands::{
 use control::service::{Answer, reason};
 use control::{CommandError, Event, EventHub, Service};
 use cow_engine::cbt::{ByteRange, Epoch};
-use cow_engine::group::{self, Admin};
+use cow_engine::group;
 use cow_engine::host::{Executor, HostStorage};
 use cow_engine::{Disk, Error, Snapshot, View};
 
 use crate::catalog::{Catalog, no_disk};
+use crate::maintenance::Upkeep;
 use crate::serve::Served;
 use crate::stop::Stop;
 
@@ -29,7 +30,7 @@ const RING_ENTRIES: u32 = 16;
 /// What the control socket reaches.
 pub(crate) struct ControlService {
     pub(crate) disks: Arc<Vec<Served>>,
-    pub(crate) admin: Mutex<Admin>,
+    pub(crate) upkeep: Upkeep,
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) hub: EventHub,
     pub(crate) stop: Stop,
@@ -77,7 +78,7 @@ impl Service for ControlService {
         let created_ns = u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX);
         let name = arguments.name;
         let instant = {
-            let mut admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut admin = self.upkeep.admin();
             on_ring(async |io| {
                 group::create(&mut admin, &io, &disks, &name, created_ns, group::GATE_DEADLINE).await
             })?
@@ -104,7 +105,7 @@ impl Service for ControlService {
     fn snapshot_delete(&self, arguments: SnapshotDelete) -> Answer<SnapshotDeleted> {
         let name = arguments.name;
         let all = arguments.disks.is_none();
-        let _admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner);
+        let _admin = self.upkeep.admin();
         let mut disks = self.chosen(arguments.disks)?;
         if all {
             disks.retain(|disk| disk.snapshot(&name).is_ok());
@@ -124,6 +125,7 @@ impl Service for ControlService {
             Ok(())
         });
         if !deleted.is_empty() {
+            self.upkeep.nudge();
             self.hub.post(&Event::SnapshotDeleted { name: name.clone(), disks: deleted.clone() });
         }
         result.map(|()| SnapshotDeleted { name, disks: deleted })

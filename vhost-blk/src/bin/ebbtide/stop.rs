@@ -1,7 +1,6 @@
 //! The wish that the daemon ends: made by a signal, a verb or a front end, waited for by one thread.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
 
 /// Set once; clones are the same.
 #[derive(Clone, Default)]
@@ -19,13 +18,6 @@ impl Stop {
     /// Whether the end was wished for.
     pub(crate) fn is_set(&self) -> bool {
         *self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until it is, or for `time`; answers whether it is.
-    pub(crate) fn wait_for(&self, time: Duration) -> bool {
-        let set = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.state.1.wait_timeout_while(set, time, |set| !*set);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Waits until it is.

@@ -1,0 +1,250 @@
+//! Old content on its way into the store: what one wake-up of a queue has read goes there together.
+//!
+//! The first task that has something to append leads: it lets the other tasks of its queue that are
+//! ready come forward, then writes the content of all as one run of slots, their records as one run of
+//! records, publishes every key, and tells them.
+//!
+//! Invariant: a key is published only after its content and its record are in their files, where they
+//! outlive this process; the change that made it necessary comes after that.
+//! A stop before the records leaves slots that nobody knows; before the publication, records of content
+//! that is also still on the live disk. Both are harmless.
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use crate::disk::Disk;
+use crate::error::Error;
+use crate::format::GRAIN;
+use crate::gate::{LANES, Lane};
+use crate::index::{Key, Slot};
+use crate::memory::AlignedBuf;
+use crate::snapshot::Snapshot;
+use crate::storage::Storage;
+use crate::store::Store;
+
+/// Whole grains of old content of a snapshot, for the keys from `first` on, which are claimed.
+pub(crate) struct Item<S: Storage> {
+    pub(crate) snapshot: Arc<Snapshot<S>>,
+    pub(crate) first: Key,
+    pub(crate) old: AlignedBuf,
+}
+
+/// Items that are written together.
+struct Batch<S: Storage> {
+    state: Mutex<State<S>>,
+}
+
+struct State<S: Storage> {
+    items: Vec<Item<S>>,
+    waiting: Vec<Waker>,
+    outcome: Option<Result<(), Failure>>,
+}
+
+/// An error that several are told.
+#[derive(Clone, Copy)]
+struct Failure {
+    what: &'static str,
+    kind: io::ErrorKind,
+    code: Option<i32>,
+}
+
+/// Slots that were taken for what then failed.
+struct Orphans<S: Storage> {
+    slots: Vec<Range<u32>>,
+    /// The newest snapshot that records may have been written for.
+    snapshot: Arc<Snapshot<S>>,
+}
+
+/// The batch that is open to more items, if there is one.
+type Forming<S> = Option<Arc<Batch<S>>>;
+
+/// Batches that are open to more items, by queue.
+pub(crate) struct Appender<S: Storage> {
+    forming: Box<[Mutex<Forming<S>>]>,
+    orphans: Mutex<Vec<Orphans<S>>>,
+}
+
+impl<S: Storage> Default for Appender<S> {
+    fn default() -> Self {
+        Self { forming: (0..LANES).map(|_| Mutex::default()).collect(), orphans: Mutex::default() }
+    }
+}
+
+impl<S: Storage> Appender<S> {
+    /// Appends an item; when this answers, its keys are published.
+    pub(crate) async fn append(
+        &self,
+        io: &S,
+        disk: &Disk<S>,
+        lane: Lane,
+        item: Item<S>,
+    ) -> Result<(), Error> {
+        let Some(batch) = self.join(lane, item) else {
+            return self.lead(io, disk, lane).await;
+        };
+        poll_fn(|cx| {
+            let mut state = batch.lock();
+            match state.outcome {
+                Some(outcome) => Poll::Ready(outcome.map_err(Failure::again)),
+                None => {
+                    state.waiting.push(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+
+    /// Joins the batch that is forming, or begins one; `None` if the caller leads it.
+    fn join(&self, lane: Lane, item: Item<S>) -> Option<Arc<Batch<S>>> {
+        let mut forming = self.forming(lane);
+        if let Some(batch) = &*forming {
+            batch.lock().items.push(item);
+            return Some(batch.clone());
+        }
+        let state = State { items: vec![item], waiting: Vec::new(), outcome: None };
+        *forming = Some(Arc::new(Batch { state: Mutex::new(state) }));
+        None
+    }
+
+    fn forming(&self, lane: Lane) -> MutexGuard<'_, Forming<S>> {
+        self.forming[lane.index()].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn lead(&self, io: &S, disk: &Disk<S>, lane: Lane) -> Result<(), Error> {
+        // Whoever is ready now has read its old content in the same wake-up.
+        let mut turns = 0;
+        poll_fn(|cx| {
+            turns += 1;
+            if turns > 1 {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+        let batch = self.forming(lane).take();
+        let Some(batch) = batch else { unreachable!("only its leader closes a batch") };
+        let items = std::mem::take(&mut batch.lock().items);
+        let result = self.write(io, disk, &items).await;
+        let outcome = result.as_ref().map(|&()| ()).map_err(Failure::of);
+        let mut state = batch.lock();
+        state.outcome = Some(outcome);
+        state.waiting.drain(..).for_each(Waker::wake);
+        drop(state);
+        result
+    }
+}
+
+impl<S: Storage> Appender<S> {
+    /// Content, then records, then publication.
+    async fn write(&self, io: &S, disk: &Disk<S>, items: &[Item<S>]) -> Result<(), Error> {
+        let grains: Vec<&[u8]> = items.iter().flat_map(|item| item.old.chunks_exact(GRAIN)).collect();
+        let full: Vec<bool> = grains.iter().map(|grain| !is_zero(grain)).collect();
+        let content: Vec<&[u8]> =
+            grains.into_iter().zip(&full).filter(|(_, full)| **full).map(|(grain, _)| grain).collect();
+        let runs = disk.store.take(u32::try_from(content.len()).unwrap_or(u32::MAX))?;
+        let mut numbers = runs.iter().cloned().flatten();
+        let slot = |full| match if full { numbers.next() } else { None } {
+            Some(slot) => Slot::At(slot),
+            None => Slot::Zero,
+        };
+        let slots: Vec<Slot> = full.into_iter().map(slot).collect();
+        let mut result = write_runs(io, &disk.store, &runs, &content).await;
+        if result.is_ok() {
+            result = record(io, disk, items, &slots).await;
+        }
+        if result.is_err()
+            && let Some(newest) = items.iter().max_by_key(|item| item.snapshot.sequence)
+        {
+            let orphans = Orphans { slots: runs, snapshot: newest.snapshot.clone() };
+            self.orphans().push(orphans);
+        }
+        result
+    }
+
+    /// Puts aside for good what was taken for appends that failed.
+    ///
+    /// Not before the snapshot is known to be broken, with all older ones: until then a restart would
+    /// believe the records that may have been written.
+    pub(crate) fn bury(&self, store: &Store<S>) {
+        let mut orphans = self.orphans();
+        let broken = |one: &mut Orphans<S>| one.snapshot.broken().is_some();
+        for one in orphans.extract_if(.., broken) {
+            store.discard(one.slots.into_iter().flatten().collect());
+        }
+    }
+
+    fn orphans(&self) -> MutexGuard<'_, Vec<Orphans<S>>> {
+        self.orphans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Fills runs of slots with `content`, a grain each.
+async fn write_runs<S: Storage>(
+    io: &S,
+    store: &Store<S>,
+    runs: &[Range<u32>],
+    mut content: &[&[u8]],
+) -> Result<(), Error> {
+    for run in runs {
+        let (here, rest) = content.split_at(run.len());
+        let slices: Vec<IoSlice<'_>> = here.iter().map(|grain| IoSlice::new(grain)).collect();
+        store.write(io, run.start, &slices).await?;
+        content = rest;
+    }
+    Ok(())
+}
+
+impl<S: Storage> Batch<S> {
+    fn lock(&self) -> MutexGuard<'_, State<S>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes the records of `items`, whose grains are in `slots`, and publishes their keys.
+async fn record<S: Storage>(
+    io: &S,
+    disk: &Disk<S>,
+    items: &[Item<S>],
+    mut slots: &[Slot],
+) -> Result<(), Error> {
+    let mut rest = items;
+    while let Some(first) = rest.first() {
+        // Nearly always all are of the newest snapshot.
+        let same = rest.iter().take_while(|item| Arc::ptr_eq(&item.snapshot, &first.snapshot)).count();
+        let mut entries = Vec::new();
+        for item in &rest[..same] {
+            let (mine, others) = slots.split_at(item.old.len() / GRAIN);
+            let keys = (item.first.to_raw()..).map(Key::from_raw);
+            entries.extend(keys.zip(mine.iter().copied()));
+            slots = others;
+        }
+        first.snapshot.record(io, &disk.control, &entries).await?;
+        rest = &rest[same..];
+    }
+    Ok(())
+}
+
+/// Whether every byte is zero.
+fn is_zero(bytes: &[u8]) -> bool {
+    // Compared with itself one byte on, which the library does by words.
+    bytes.first().is_none_or(|&first| first == 0) && bytes[1..] == bytes[..bytes.len() - 1]
+}
+
+impl Failure {
+    fn of(error: &Error) -> Self {
+        match error {
+            Error::Io { what, source } => Self { what, kind: source.kind(), code: source.raw_os_error() },
+            _ => Self { what: "writing to the difference store", kind: io::ErrorKind::Other, code: None },
+        }
+    }
+
+    fn again(self) -> Error {
+        let source = self.code.map_or_else(|| self.kind.into(), io::Error::from_raw_os_error);
+        Error::Io { what: self.what, source }
+    }
+}
