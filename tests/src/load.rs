@@ -56,6 +56,9 @@ pub struct Load {
     /// Bytes of the region; 0 means up to the end of the disk
     #[arg(long, default_value_t = 0)]
     pub length: u64,
+    /// Bytes from the start of one block to the next, a multiple of 512; 0 means no gaps
+    #[arg(long, default_value_t = 0)]
+    pub stride: u64,
     /// Spin for completions instead of waiting for the interrupt's eventfd
     #[arg(long)]
     pub poll: bool,
@@ -68,6 +71,13 @@ pub struct Load {
     /// Seed of places and data
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+}
+
+impl Load {
+    /// Bytes from the start of one block to the next.
+    fn stride(&self) -> u64 {
+        if self.stride == 0 { self.block_size as u64 } else { self.stride }
+    }
 }
 
 /// Where requests go.
@@ -162,6 +172,8 @@ pub struct Outcome {
 pub fn run(load: &Load) -> Result<Outcome> {
     ensure!(load.block_size > 0 && load.block_size.is_multiple_of(512), "block size: 512 bytes");
     ensure!(load.depth > 0 && load.queues > 0, "nothing in flight is no load");
+    ensure!(load.stride == 0 || load.stride >= load.block_size as u64, "blocks would overlap");
+    ensure!(load.stride.is_multiple_of(512), "stride: 512 bytes");
     if let Some(cpu) = load.cpu {
         crate::server::pin_this_thread(&[cpu])?;
     }
@@ -169,7 +181,7 @@ pub fn run(load: &Load) -> Result<Outcome> {
     let capacity = blkio.get_u64("capacity").context("capacity")?;
     let length = if load.length == 0 { capacity.saturating_sub(load.offset) } else { load.length };
     ensure!(load.offset + length <= capacity, "the region passes the end of the disk");
-    let blocks = length / load.block_size as u64;
+    let blocks = length / load.stride();
     ensure!(blocks >= load.queues as u64, "the region is too small");
 
     let mut workers = Vec::new();
@@ -310,7 +322,7 @@ impl Worker<'_> {
     fn enqueue(&mut self, slot: usize, random: &mut Random) -> bool {
         let Some(block) = self.places.next() else { return false };
         let bytes = self.load.block_size;
-        let start = self.load.offset + block * bytes as u64;
+        let start = self.load.offset + block * self.load.stride();
         let none = ReqFlags::empty();
         match self.load.mix.pick(random) {
             Operation::Read => {

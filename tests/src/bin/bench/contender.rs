@@ -4,19 +4,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use ebbtide_tests::load::Outcome;
 use ebbtide_tests::raw::ended_children_cpu_ns;
-use ebbtide_tests::server::{self, Server, output_of};
+use ebbtide_tests::server::{self, output_of};
 use tempfile::TempDir;
 
+use crate::launch::{Setup, text};
 use crate::machine::Medium;
 use crate::{Options, Row, limit, write_image};
 
 /// The client's CPU, and the one of whoever does the I/O.
-const CLIENT_CPU: usize = 0;
-const SERVER_CPU: usize = 1;
+pub(crate) const CLIENT_CPU: usize = 0;
+pub(crate) const SERVER_CPU: usize = 1;
 
 /// Who is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,8 +52,8 @@ impl Contender {
 #[derive(Debug)]
 pub(crate) struct Bench {
     options: Options,
-    myself: PathBuf,
-    ebbtide: Option<PathBuf>,
+    pub(crate) myself: PathBuf,
+    pub(crate) ebbtide: Option<PathBuf>,
     disk: TempDir,
     memory: TempDir,
     /// Sockets and logs; short, since a socket's path may not be long.
@@ -102,12 +103,21 @@ impl Bench {
         }
     }
 
-    fn run(&self, name: &str) -> PathBuf {
+    /// A socket or a log of the server that runs.
+    pub(crate) fn run(&self, name: &str) -> PathBuf {
         self.run.path().join(name)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.run("vda.sock")
+    }
+
+    pub(crate) fn control(&self) -> PathBuf {
+        self.run("control.sock")
+    }
+
+    pub(crate) fn nbd(&self) -> PathBuf {
+        self.run("nbd.sock")
     }
 
     /// One line for each program in the comparison.
@@ -134,8 +144,8 @@ impl Bench {
         if contender == Contender::Fio {
             return self.fio(row, seconds);
         }
-        let server = self.start(contender, &self.image(row.medium), row.medium)?;
-        let outcome = self.load(&server, |load| {
+        let server = self.start(Setup::plain(contender, &self.image(row.medium), row.medium))?;
+        let outcome = self.load(server.pid(), |load| {
             load.args(["--mix", row.mix, "--pattern"])
                 .arg(if row.random { "random" } else { "sequential" })
                 .args(["--block-size", &row.block_size.to_string()])
@@ -146,84 +156,22 @@ impl Bench {
         Ok(outcome)
     }
 
-    /// Starts a server for `image` on its CPU.
-    pub(crate) fn start(&self, contender: Contender, image: &Path, medium: Medium) -> Result<Server> {
-        let socket = self.socket();
-        let control = self.run("control.sock");
-        for path in [&socket, &control, &self.run("nbd.sock")] {
-            match std::fs::remove_file(path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-                _ => {}
-            }
-        }
-        let (image, at) = (text(image)?, text(&socket)?);
-        let mut sockets = vec![socket.as_path()];
-        let mut command;
-        match contender {
-            Contender::Fio => bail!("fio is no server"),
-            Contender::Qsd => {
-                command = Command::new("qemu-storage-daemon");
-                let direct = if medium == Medium::Disk { "on" } else { "off" };
-                command
-                    .arg("--blockdev")
-                    .arg(format!(
-                        "driver=file,node-name=file0,filename={image},aio=io_uring,\
-                         cache.direct={direct}"
-                    ))
-                    .args(["--blockdev", "driver=raw,node-name=disk0,file=file0"])
-                    .arg("--export")
-                    .arg(format!(
-                        "type=vhost-user-blk,id=vda,node-name=disk0,addr.type=unix,\
-                         addr.path={at},writable=on,num-queues=1"
-                    ));
-            }
-            Contender::Baseline => {
-                command = Command::new(&self.myself);
-                command.args(["baseline", "--path", image, "--socket", at]);
-                if medium == Medium::Disk {
-                    command.args(["--direct", "--engine", "uring"]);
-                } else {
-                    command.args(["--engine", "sync"]);
-                }
-            }
-            Contender::Ebbtide | Contender::Untracked => {
-                command = Command::new(self.ebbtide.as_ref().context("no ebbtide")?);
-                let tracking = if contender == Contender::Untracked { ",tracking=off" } else { "" };
-                command
-                    .args(["serve", "--disk"])
-                    .arg(format!("name=vda,path={image},socket={at},queues=1{tracking}"))
-                    .arg("--control")
-                    .arg(&control)
-                    .arg("--nbd")
-                    .arg(self.run("nbd.sock"));
-                sockets.push(&control);
-            }
-        }
-        Server::start(command, &self.run("server.log"), &[SERVER_CPU], &sockets)
-    }
-
-    /// Runs the load client on its CPU against the server that was started last.
-    pub(crate) fn load(&self, server: &Server, arguments: impl FnOnce(&mut Command)) -> Result<Outcome> {
+    /// Runs the load client on its CPU against the server that was started last, whose process is `pid`.
+    pub(crate) fn load(&self, pid: u32, arguments: impl FnOnce(&mut Command)) -> Result<Outcome> {
+        let said = || std::fs::read_to_string(self.run("server.log")).unwrap_or_default();
         let mut command = Command::new(&self.myself);
         command.arg("load").arg("--socket").arg(self.socket());
-        command.args(["--server-pid", &server.pid().to_string()]);
+        command.args(["--server-pid", &pid.to_string()]);
         if self.options.poll {
             command.arg("--poll");
         }
         arguments(&mut command);
         let printed = output_of(command, &[CLIENT_CPU], limit(self.options.seconds()))
-            .with_context(|| format!("server said: {}", server.output().trim()))?;
+            .with_context(|| format!("server said: {}", said().trim()))?;
         let outcome: Outcome = serde_json::from_str(printed.trim())?;
-        ensure!(outcome.errors == 0, "{} requests failed: {}", outcome.errors, server.output());
+        ensure!(outcome.errors == 0, "{} requests failed: {}", outcome.errors, said());
         ensure!(outcome.requests > 0, "no request was completed");
         Ok(outcome)
-    }
-
-    /// Runs `ebbtide ARGUMENTS` against the daemon that was started last.
-    pub(crate) fn ask_ebbtide(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new(self.ebbtide.as_ref().context("no ebbtide")?);
-        command.args(arguments).arg("--control").arg(self.run("control.sock"));
-        output_of(command, &[CLIENT_CPU], Duration::from_secs(60))
     }
 
     fn fio(&self, row: &Row, seconds: f64) -> Result<Outcome> {
@@ -264,10 +212,4 @@ impl Bench {
             errors: job["total_err"].as_u64().unwrap_or_default(),
         })
     }
-}
-
-fn text(path: &Path) -> Result<&str> {
-    let text = path.to_str().with_context(|| format!("{} is no text", path.display()))?;
-    ensure!(!text.contains(','), "a comma in {text} would split the servers' options");
-    Ok(text)
 }

@@ -6,9 +6,12 @@
 //! machine on different days, do not compare.
 
 mod contender;
+mod findings;
+mod launch;
 mod machine;
 mod memory;
 mod snapshots;
+mod subject;
 mod table;
 mod tracking;
 
@@ -21,7 +24,8 @@ use clap::{Parser, Subcommand};
 use ebbtide_tests::baseline::{self, Baseline};
 use ebbtide_tests::load::{self, Load, Outcome};
 
-use contender::{Bench, Contender};
+use contender::{Bench, CLIENT_CPU, Contender};
+use findings::Findings;
 use machine::Medium;
 
 /// Compares Ebbtide with qemu-storage-daemon, a plain framework back end and fio, in one table.
@@ -46,7 +50,7 @@ enum Child {
 
 #[derive(clap::Args, Clone, Debug)]
 struct Options {
-    /// A minute instead of a quarter of an hour: 1 round of 1 second, a small file
+    /// Four minutes instead of twenty-five: 1 round of 1 second, a small file
     #[arg(long)]
     quick: bool,
     /// Only rows whose name contains one of these, comma-separated, such as `disk/randwrite`
@@ -139,6 +143,15 @@ fn all_rows() -> Vec<Row> {
 /// Measurements of each cell: row, column, rounds.
 type Cells = BTreeMap<String, BTreeMap<String, Vec<Outcome>>>;
 
+/// What was measured so far.
+#[derive(Debug, Default)]
+struct Results {
+    cells: Cells,
+    findings: Findings,
+    /// What could not be measured, and why.
+    failures: Vec<String>,
+}
+
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.command {
@@ -157,8 +170,10 @@ fn compare(options: &Options) -> Result<()> {
     report.programs = bench.versions();
     let rows: Vec<_> = all_rows().into_iter().filter(|row| options.wants_row(&row.name)).collect();
     let watch = machine::Steal::begin();
-    let mut cells = Cells::new();
-    let mut failures = Vec::new();
+    // What this program itself does is not to disturb a server. Where it may not choose, there was
+    // a warning.
+    let _ = ebbtide_tests::server::pin_this_thread(&[CLIENT_CPU]);
+    let mut results = Results::default();
     for round in 0..options.rounds() {
         for row in &rows {
             let mut servers: Vec<_> =
@@ -169,26 +184,25 @@ fn compare(options: &Options) -> Result<()> {
             for contender in servers {
                 eprintln!("round {}: {} {}", round + 1, row.name, contender.name());
                 match bench.measure(row, contender, options.seconds()) {
-                    Ok(outcome) => record(&mut cells, &row.name, contender.name(), outcome),
+                    Ok(outcome) => record(&mut results.cells, &row.name, contender.name(), outcome),
                     Err(error) => {
-                        failures.push(format!("{} {}: {error:#}", row.name, contender.name()));
+                        results.failures.push(format!("{} {}: {error:#}", row.name, contender.name()));
                     }
                 }
             }
         }
-        if options.wants(Contender::Ebbtide) {
-            snapshots::round(&bench, options, &mut cells, &mut failures);
-        }
+        snapshots::round(&bench, options, round, &mut results);
     }
+    snapshots::rest(&bench, options, &mut results);
     let mut costs = Vec::new();
     for row in rows.iter().filter(|row| row.depth == 32 && options.wants(Contender::Untracked)) {
         match tracking::measure(&bench, options, row) {
             Ok(cost) => costs.push((row.name.clone(), cost)),
-            Err(error) => failures.push(format!("tracking, {}: {error:#}", row.name)),
+            Err(error) => results.failures.push(format!("tracking, {}: {error:#}", row.name)),
         }
     }
     let memory = if options.wants(Contender::Ebbtide) && options.wants_row("memory") {
-        memory::measure(&bench).map_err(|error| failures.push(format!("memory: {error:#}"))).ok()
+        memory::measure(&bench).map_err(|error| results.failures.push(format!("memory: {error:#}"))).ok()
     } else {
         None
     };
@@ -198,17 +212,18 @@ fn compare(options: &Options) -> Result<()> {
     }
     if options.json {
         let all = serde_json::json!({
-            "machine": report, "cells": cells, "tracking": costs, "memory": memory, "failures": failures,
+            "machine": report, "cells": results.cells, "findings": results.findings.json(),
+            "tracking": costs, "memory": memory, "failures": results.failures,
         });
         println!("{}", serde_json::to_string_pretty(&all)?);
     } else {
         let order: Vec<_> = rows.iter().map(|row| row.name.as_str()).collect();
-        print!("{}", table::markdown(&report, &order, &cells, &costs, memory.as_ref(), options));
+        print!("{}", table::markdown(&report, &order, &results, &costs, memory.as_ref(), options));
     }
-    for failure in &failures {
+    for failure in &results.failures {
         eprintln!("failed: {failure}");
     }
-    ensure!(failures.is_empty(), "{} measurements failed", failures.len());
+    ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
     Ok(())
 }
 

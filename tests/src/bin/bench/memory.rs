@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::contender::{Bench, Contender};
+use crate::launch::Setup;
 use crate::machine::Medium;
 
 const DISK_BYTES: u64 = 100 << 30;
@@ -27,11 +28,11 @@ pub(crate) fn measure(bench: &Bench) -> Result<Memory> {
     eprintln!("memory: 100 GiB sparse, depth 128");
     let image = bench.dir(Medium::Disk).join("sparse.raw");
     File::create(&image)?.set_len(DISK_BYTES)?;
-    let server = bench.start(Contender::Ebbtide, &image, Medium::Disk)?;
+    let server = bench.start(Setup::plain(Contender::Ebbtide, &image, Medium::Disk))?;
     let mut memory = Memory { anonymous: 0, file: 0, shared: 0 };
     std::thread::scope(|scope| -> Result<()> {
         let load = scope.spawn(|| {
-            bench.load(&server, |load| {
+            bench.load(server.pid(), |load| {
                 load.args(["--mix", "read=1,write=1", "--depth", "128", "--seconds", "2"]);
             })
         });

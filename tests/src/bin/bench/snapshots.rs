@@ -1,61 +1,64 @@
-//! What a snapshot costs the guest's writes: without one, at the first touch of each grain, and
-//! when every grain has been preserved.
+//! What snapshots cost: guests' writes, their creation, reading them, memory.
+//!
+//! Always: a row that fails is reported and costs no other row. Absent: whether what a snapshot shows is
+//! right; the suites judge that.
+
+mod creation;
+mod footprint;
+mod held;
+mod reading;
+pub(crate) mod touch;
 
 use anyhow::Result;
-use ebbtide_tests::load::Outcome;
 
 use crate::contender::{Bench, Contender};
 use crate::machine::Medium;
-use crate::{Cells, Options, record};
+use crate::{Options, Results};
 
-/// The part of the disk that is written; each of its grains once for the first touch.
-const REGION_BYTES: u64 = 128 << 20;
+const MEDIA: [Medium; 2] = [Medium::Disk, Medium::Shm];
 
-pub(crate) const COLUMNS: [&str; 3] = ["no snapshot", "first touch", "all touched"];
-
-/// The row for `medium`.
-pub(crate) fn row_name(medium: Medium) -> String {
-    format!("{}/snapshot-randwrite-4k-d32", medium.name())
+/// What takes part in the interleaved rounds.
+pub(crate) fn round(bench: &Bench, options: &Options, round: usize, results: &mut Results) {
+    touch::round(bench, options, round, results);
 }
 
-/// Measures both media once.
-pub(crate) fn round(bench: &Bench, options: &Options, cells: &mut Cells, failures: &mut Vec<String>) {
-    for medium in [Medium::Disk, Medium::Shm] {
-        let row = row_name(medium);
-        if !options.wants_row(&row) {
-            continue;
-        }
-        eprintln!("{row}");
-        match measure(bench, medium, options) {
-            Ok(outcomes) => {
-                for (column, outcome) in COLUMNS.into_iter().zip(outcomes) {
-                    record(cells, &row, column, outcome);
-                }
-            }
-            Err(error) => failures.push(format!("{row}: {error:#}")),
-        }
+/// What has rounds or pairs of its own.
+pub(crate) fn rest(bench: &Bench, options: &Options, results: &mut Results) {
+    if !options.wants(Contender::Ebbtide) {
+        return;
     }
+    for medium in MEDIA {
+        attempt(options, results, &held::row(medium), |row, results| {
+            held::measure(bench, options, row, medium, results)
+        });
+    }
+    for disk in creation::DISKS {
+        attempt(options, results, disk.row, |row, results| {
+            creation::measure(bench, options, row, disk, results)
+        });
+    }
+    for view in reading::views() {
+        attempt(options, results, &view.row(), |row, results| {
+            reading::measure(bench, options, row, view, results)
+        });
+    }
+    attempt(options, results, footprint::ROW, |row, results| {
+        footprint::measure(bench, options, row, results)
+    });
 }
 
-fn measure(bench: &Bench, medium: Medium, options: &Options) -> Result<[Outcome; 3]> {
-    let server = bench.start(Contender::Ebbtide, &bench.image(medium), medium)?;
-    let region = REGION_BYTES.min(options.size_bytes()).to_string();
-    let write = |pattern: &str| {
-        bench.load(&server, |load| {
-            load.args(["--mix", "write", "--depth", "32", "--length", &region]);
-            load.args(["--pattern", pattern]);
-            if pattern == "once" {
-                load.args(["--requests", &u64::MAX.to_string()]);
-            } else {
-                load.args(["--seconds", &options.seconds().to_string()]);
-            }
-        })
-    };
-    let without = write("random")?;
-    bench.ask_ebbtide(&["snapshot", "create", "bench"])?;
-    let first = write("once")?;
-    let after = write("random")?;
-    bench.ask_ebbtide(&["snapshot", "delete", "bench"])?;
-    server.stop()?;
-    Ok([without, first, after])
+/// Measures `row` if it is wanted. What it noted before it failed counts.
+fn attempt(
+    options: &Options,
+    results: &mut Results,
+    row: &str,
+    measure: impl FnOnce(&str, &mut Results) -> Result<()>,
+) {
+    if !options.wants_row(row) {
+        return;
+    }
+    eprintln!("{row}");
+    if let Err(error) = measure(row, results) {
+        results.failures.push(format!("{row}: {error:#}"));
+    }
 }

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use ebbtide_tests::load::Outcome;
 
 use crate::contender::Contender;
-use crate::machine::{Medium, Report};
+use crate::machine::Report;
 use crate::memory::Memory;
-use crate::snapshots;
+use crate::snapshots::touch;
 use crate::tracking::{self, Costs};
-use crate::{Cells, Options};
+use crate::{Cells, Options, Results};
 
 /// Rounds of one cell that differ by more than this share of their median make it doubtful.
 const DOUBTFUL_SPREAD: f64 = 0.3;
@@ -18,14 +18,16 @@ const DOUBTFUL_SPREAD: f64 = 0.3;
 pub(crate) fn markdown(
     report: &Report,
     rows: &[&str],
-    cells: &Cells,
+    results: &Results,
     costs: &[(String, Costs)],
     memory: Option<&Memory>,
     options: &Options,
 ) -> String {
     let mut text = String::new();
     // Writing to a String does not fail.
-    let _ = write(&mut text, report, rows, cells, options);
+    let _ = write(&mut text, report, rows, &results.cells, options);
+    let _ = write_touches(&mut text, &results.cells);
+    text.push_str(&results.findings.markdown());
     text.push_str(&tracking::markdown(costs));
     if let Some(memory) = memory {
         let _ = write_memory(&mut text, memory);
@@ -57,11 +59,14 @@ fn write(
     writeln!(
         text,
         "\nCell: IOPS · CPU µs per I/O of the server · p50/p99 µs; `~`: rounds differ by more than \
-         {:.0} %.\n",
+         {:.0} %.",
         DOUBTFUL_SPREAD * 100.0
     )?;
+    if rows.is_empty() {
+        return Ok(());
+    }
     let columns: Vec<_> = Contender::ALL.into_iter().filter(|each| options.wants(*each)).collect();
-    write!(text, "| load |")?;
+    write!(text, "\n| load |")?;
     for column in &columns {
         write!(text, " {} |", column.name())?;
     }
@@ -83,18 +88,22 @@ fn write(
             _ => writeln!(text, " |")?,
         }
     }
-    let with_snapshots: Vec<_> = [Medium::Disk, Medium::Shm]
-        .map(snapshots::row_name)
-        .into_iter()
-        .filter(|row| cells.contains_key(row))
-        .collect();
-    if !with_snapshots.is_empty() {
-        writeln!(text, "\n| ebbtide | {} |", snapshots::COLUMNS.join(" | "))?;
-        writeln!(text, "|---|---|---|---|")?;
-        for row in &with_snapshots {
-            write!(text, "| {row} |")?;
-            for column in snapshots::COLUMNS {
-                write!(text, " {} |", cell(cells, row, column))?;
+    Ok(())
+}
+
+/// A guest's writes in each state of a snapshot, a line for each server.
+fn write_touches(text: &mut String, cells: &Cells) -> std::fmt::Result {
+    let rows: Vec<_> = touch::rows().into_iter().filter(|row| cells.contains_key(row)).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "\n| load | server | {} |", touch::STATES.join(" | "))?;
+    writeln!(text, "|---|---|{}", "---|".repeat(touch::STATES.len()))?;
+    for row in &rows {
+        for server in touch::SERVERS {
+            write!(text, "| {row} | {} |", server.name())?;
+            for state in touch::STATES {
+                write!(text, " {} |", cell(cells, row, &touch::column(server, state)))?;
             }
             writeln!(text)?;
         }

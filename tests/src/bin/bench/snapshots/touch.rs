@@ -1,0 +1,204 @@
+//! A guest's writes without a snapshot, at the first touch of what one holds, and when everything has
+//! been preserved: Ebbtide beside QEMU's copy-before-write.
+//!
+//! QEMU copies a cluster of 64 KiB where Ebbtide copies a grain of 4 KiB, so what "first touch" means
+//! for a load of 4 KiB depends on where it goes. There are two loads:
+//!
+//! - **first touch**: every write goes to a cluster in which nothing was written before, so each is a
+//!   first touch for both. This is a guest that writes here and there on a large disk.
+//! - **dense**: every grain of a small region once, in scattered order. Each write is a first touch for
+//!   Ebbtide, and one in sixteen for QEMU, which has copied the neighbours already. This is the best that
+//!   large clusters can do. Beside QEMU it has no goal: in memory, a multiple of QEMU's rate is more than
+//!   either reaches without a snapshot.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use ebbtide_tests::load::Outcome;
+
+use crate::contender::{Bench, Contender};
+use crate::findings::Goal;
+use crate::launch::Setup;
+use crate::machine::Medium;
+use crate::subject::Subject;
+use crate::{Options, Results, record};
+
+use super::MEDIA;
+
+/// The region of the dense load, and of what is written before and after it.
+const REGION_BYTES: u64 = 128 << 20;
+
+/// QEMU's unit of copying.
+const CLUSTER_BYTES: u64 = 64 << 10;
+
+const GRAIN_BYTES: u64 = 4 << 10;
+const LARGE_BYTES: u64 = 1 << 20;
+
+const NONE: &str = "no snapshot";
+const FIRST: &str = "first touch";
+const DENSE: &str = "first touch, dense";
+const ALL: &str = "all touched";
+
+/// Who is compared.
+pub(crate) const SERVERS: [Contender; 2] = [Contender::Qsd, Contender::Ebbtide];
+
+/// The states in which writes are measured, in the order of the table.
+pub(crate) const STATES: [&str; 4] = [NONE, FIRST, DENSE, ALL];
+
+/// What each state came to, in the order measured; one may occur twice.
+type Touches = Vec<(&'static str, Outcome)>;
+
+/// How the guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Load {
+    Random,
+    Sequential,
+}
+
+impl Load {
+    fn row(self, medium: Medium) -> String {
+        let load = match self {
+            Self::Random => "snapshot-randwrite-4k-d32",
+            Self::Sequential => "snapshot-seqwrite-1m-d4",
+        };
+        format!("{}/{load}", medium.name())
+    }
+}
+
+/// The rows, in the order of the table.
+pub(crate) fn rows() -> Vec<String> {
+    MEDIA
+        .into_iter()
+        .flat_map(|medium| [Load::Random, Load::Sequential].map(|load| load.row(medium)))
+        .collect()
+}
+
+/// The column of a server in a state.
+pub(crate) fn column(server: Contender, state: &str) -> String {
+    format!("{}, {state}", server.name())
+}
+
+/// Measures all rows once.
+pub(crate) fn round(bench: &Bench, options: &Options, round: usize, results: &mut Results) {
+    for medium in MEDIA {
+        for load in [Load::Random, Load::Sequential] {
+            let row = load.row(medium);
+            if !options.wants_row(&row) {
+                continue;
+            }
+            let mut servers: Vec<_> = SERVERS.into_iter().filter(|each| options.wants(*each)).collect();
+            let turn = round % servers.len().max(1);
+            servers.rotate_left(turn);
+            let image = bench.image(medium);
+            let mut rates = Rates::default();
+            for server in servers {
+                eprintln!("round {}: {row} {}", round + 1, server.name());
+                let setup = Setup::plain(server, &image, medium);
+                let measured = match load {
+                    Load::Random => random(bench, options, setup),
+                    Load::Sequential => sequential(bench, options, setup),
+                };
+                match measured {
+                    Ok(touches) => {
+                        for (state, outcome) in touches {
+                            rates.add(server, state, outcome.iops);
+                            record(&mut results.cells, &row, &column(server, state), outcome);
+                        }
+                    }
+                    Err(error) => results.failures.push(format!("{row} {}: {error:#}", server.name())),
+                }
+            }
+            judge(load, medium, &rates, results);
+        }
+    }
+}
+
+/// IOPS of one round by server and state.
+#[derive(Default)]
+struct Rates(BTreeMap<(&'static str, &'static str), Vec<f64>>);
+
+impl Rates {
+    fn add(&mut self, server: Contender, state: &'static str, iops: f64) {
+        self.0.entry((server.name(), state)).or_default().push(iops);
+    }
+
+    /// The mean, for a state that was measured before and after.
+    fn of(&self, server: Contender, state: &'static str) -> Option<f64> {
+        let all = self.0.get(&(server.name(), state))?;
+        Some(all.iter().sum::<f64>() / all.len() as f64)
+    }
+}
+
+fn judge(load: Load, medium: Medium, rates: &Rates, results: &mut Results) {
+    let row = load.row(medium);
+    let ours = |state| rates.of(Contender::Ebbtide, state);
+    let theirs = |state| rates.of(Contender::Qsd, state);
+    let mut ratio = |figure, goal: Option<Goal>, above, below| {
+        results.findings.ratio(&row, figure, goal, above, below);
+    };
+    if load == Load::Sequential {
+        ratio("first touch ÷ qsd's", Some(Goal::AtLeast(1.3)), ours(FIRST), theirs(FIRST));
+        ratio("first touch ÷ own without a snapshot", None, ours(FIRST), ours(NONE));
+        return;
+    }
+    // In memory a copy costs about what the write itself costs; on a disk the write takes longer.
+    let of_own = (medium == Medium::Disk).then_some(Goal::AtLeast(0.45));
+    ratio("first touch ÷ qsd's", Some(Goal::AtLeast(2.5)), ours(FIRST), theirs(FIRST));
+    ratio("first touch, dense ÷ qsd's", None, ours(DENSE), theirs(DENSE));
+    ratio("first touch ÷ own without a snapshot", of_own, ours(FIRST), ours(NONE));
+    ratio("first touch, dense ÷ own without a snapshot", of_own, ours(DENSE), ours(NONE));
+    ratio("all touched ÷ own without a snapshot", Some(Goal::AtLeast(0.95)), ours(ALL), ours(NONE));
+    ratio("all touched ÷ own without a snapshot, qsd", None, theirs(ALL), theirs(NONE));
+}
+
+fn random(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches> {
+    let mut subject = Subject::start(bench, setup)?;
+    let region = REGION_BYTES.min(options.size_bytes());
+    let anywhere = |subject: &Subject<'_>| {
+        subject.load(|load| {
+            load.args(["--mix", "write", "--depth", "32", "--length", &region.to_string()]);
+            load.args(["--seconds", &options.seconds().to_string()]);
+        })
+    };
+    let once = |subject: &Subject<'_>, stride: u64, length: u64| {
+        subject.load(|load| {
+            load.args(["--mix", "write", "--depth", "32", "--pattern", "once"]);
+            load.args(["--stride", &stride.to_string(), "--length", &length.to_string()]);
+            load.args(["--requests", &u64::MAX.to_string()]);
+        })
+    };
+    let mut touches = vec![(NONE, anywhere(&subject)?)];
+
+    subject.take()?;
+    touches.push((DENSE, once(&subject, GRAIN_BYTES, region)?));
+    touches.push((ALL, anywhere(&subject)?));
+    subject.expect_preserved(region)?;
+    subject.release_all_but(0)?;
+    // Once more, so that a machine that drifts meanwhile does so for both sides of a ratio.
+    touches.push((NONE, anywhere(&subject)?));
+
+    subject.take()?;
+    let whole = options.size_bytes();
+    touches.push((FIRST, once(&subject, CLUSTER_BYTES, whole)?));
+    let unit = if setup.contender == Contender::Qsd { CLUSTER_BYTES } else { GRAIN_BYTES };
+    subject.expect_preserved(whole / CLUSTER_BYTES * unit)?;
+    subject.stop()?;
+    Ok(touches)
+}
+
+fn sequential(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches> {
+    let mut subject = Subject::start(bench, setup)?;
+    let requests = options.size_bytes() / LARGE_BYTES;
+    let once = |subject: &Subject<'_>| {
+        subject.load(|load| {
+            load.args(["--mix", "write", "--depth", "4", "--pattern", "sequential"]);
+            load.args(["--block-size", &LARGE_BYTES.to_string(), "--requests", &requests.to_string()]);
+        })
+    };
+    let mut touches = vec![(NONE, once(&subject)?)];
+    subject.take()?;
+    touches.push((FIRST, once(&subject)?));
+    subject.expect_preserved(requests * LARGE_BYTES)?;
+    subject.stop()?;
+    Ok(touches)
+}
