@@ -15,12 +15,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
+use crate::buffers::Buffer;
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::format::GRAIN;
 use crate::gate::{LANES, Lane};
 use crate::index::{Key, Slot};
-use crate::memory::AlignedBuf;
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 use crate::store::Store;
@@ -29,7 +29,7 @@ use crate::store::Store;
 pub(crate) struct Item<S: Storage> {
     pub(crate) snapshot: Arc<Snapshot<S>>,
     pub(crate) first: Key,
-    pub(crate) old: AlignedBuf,
+    pub(crate) old: Buffer,
 }
 
 /// Items that are written together.

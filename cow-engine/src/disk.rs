@@ -21,6 +21,7 @@ use arc_swap::ArcSwapOption;
 use cbt::{BlockGrid, ByteRange, ChangeId, Epoch, PAGE_BYTES, PageIndex};
 
 use crate::append::Appender;
+use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::error::Error;
 use crate::format::{Broken, GRAIN, Superblock};
@@ -79,6 +80,7 @@ pub struct Disk<S: Storage> {
     pub(crate) store: Store<S>,
     pub(crate) merge_step: u64,
     pub(crate) appender: Appender<S>,
+    pub(crate) buffers: Buffers,
     /// The end of the chain, into which changes preserve.
     pub(crate) newest: ArcSwapOption<Snapshot<S>>,
     pub(crate) superblock: Mutex<Superblock>,
@@ -337,7 +339,8 @@ impl<S: Storage> Disk<S> {
     async fn read_grains(&self, io: &S, keys: std::ops::Range<Key>, buffer: &mut [u8]) -> Result<(), Error> {
         let start = keys.start.to_raw() * GRAIN as u64;
         let len = (self.capacity - start).min(buffer.len() as u64);
-        let part = &mut buffer[..usize::try_from(len).unwrap_or(usize::MAX)];
+        let (part, past) = buffer.split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));
+        past.fill(0);
         io.read(&self.image, start, Target::of(part))
             .await
             .map_err(Error::io("reading old content of the image"))

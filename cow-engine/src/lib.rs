@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod append;
+mod buffers;
 mod chain;
 mod claims;
 mod disk;

@@ -25,6 +25,7 @@ use arc_swap::ArcSwapOption;
 use cbt::{BlockGrid, Cells, Epoch, Generation};
 
 use crate::append::Appender;
+use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::disk::{Disk, EventSink, with_sources};
 use crate::error::Error;
@@ -237,6 +238,7 @@ impl<S: Storage> Disk<S> {
             store,
             merge_step: options.merge_step.max(1),
             appender: Appender::default(),
+            buffers: Buffers::default(),
             superblock: Mutex::new(next),
             superblock_file: file,
             events: options.events,

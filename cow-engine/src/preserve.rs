@@ -14,11 +14,11 @@ use crate::error::Error;
 use crate::format::GRAIN;
 use crate::gate::Lane;
 use crate::index::Key;
-use crate::snapshot::{Snapshot, grain_buffer};
+use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 
-/// Keys that are copied together at most: 256 KiB of grains, which bounds the memory of a request.
-const MAX_RUN: u64 = (256 << 10) / GRAIN as u64;
+/// Keys that are copied together at most: 1 MiB of grains.
+const MAX_RUN: u64 = (1 << 20) / GRAIN as u64;
 
 /// Preserves what `snapshot` does not have of `keys`; `old` fills a buffer with their content.
 ///
@@ -43,7 +43,7 @@ pub(crate) async fn preserve<S: Storage>(
                 return Ok(());
             }
             within.start = run.end;
-            let mut buffer = grain_buffer(run.end - run.start);
+            let mut buffer = disk.buffers.grains(run.end - run.start).await;
             let first = Key::from_raw(run.start);
             old(first..Key::from_raw(run.end), &mut buffer).await?;
             // Whatever made `old` wrong came after the break that we now look for.

@@ -16,7 +16,7 @@ use crate::claims::Claims;
 use crate::error::Error;
 use crate::format::{self, Broken, GRAIN, PAGE, RECORD, RawRecord, SnapshotHeader, SnapshotState};
 use crate::index::{Index, Key, Slot};
-use crate::memory::{AlignedBuf, Source, Target};
+use crate::memory::{Source, Target};
 use crate::storage::{Durability, Storage};
 use crate::store;
 use crate::tracker::Control;
@@ -418,9 +418,4 @@ fn state_to_u8(state: SnapshotState) -> u8 {
         SnapshotState::Active => 2,
         SnapshotState::Deleted => 3,
     }
-}
-
-/// A buffer for `grains` grains.
-pub(crate) fn grain_buffer(grains: u64) -> AlignedBuf {
-    AlignedBuf::zeroed(usize::try_from(grains).unwrap_or(usize::MAX).saturating_mul(GRAIN))
 }
