@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -244,6 +244,22 @@ fn find_ebbtide() -> Result<PathBuf> {
     }
     built.context("build ebbtide")?;
     Ok(path)
+}
+
+/// Connects to a Unix socket, which may be there a moment before anybody listens on it.
+///
+/// # Errors
+/// If nobody does in time, or there is no such socket.
+pub fn reach(path: &Path) -> std::io::Result<UnixStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Whether something answers on the Unix socket `path`.
