@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::raw::die_with_parent;
@@ -103,6 +103,17 @@ impl Server {
     /// If the process is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    /// Lowers what it may use of `resource` from now on; `None` lifts the limit again.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn limit(&self, resource: Resource, most: Option<u64>) -> Result<()> {
+        let maximum = getrlimit(resource).maximum;
+        let limits = Rlimit { current: most.or(maximum), maximum };
+        prlimit(Some(Pid::from_child(&self.child)), resource, limits)?;
+        Ok(())
     }
 
     /// Asks it to end and waits; after a while it is killed.
