@@ -4,8 +4,11 @@
 //! - [`vhost_client`]: our own vhost-user front end, which can also say what no driver would say.
 //! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
 //! - [`daemon`]: a daemon with disks in a temporary directory.
+//! - [`nbd`], [`qmp`]: clients that share no code with the daemon.
 //! - [`oracle`]: what a disk may answer; the judge of the simulation suite.
+//! - [`scene`]: a daemon, guests and a backup program, for tests of snapshots.
 //! - [`server`]: starts the programs under test, bounds their lives, reads what they use.
+//! - [`stamped`]: a load whose data tells what a view may contain, and the judge of views.
 //!
 //! Always: no process outlives the one that started it, and nothing waits without a deadline.
 //! Unsafe code lives in [`raw`] and, for its io_uring, in [`baseline`].
@@ -17,10 +20,14 @@ pub mod baseline;
 pub mod daemon;
 pub mod histogram;
 pub mod load;
+pub mod nbd;
 pub mod oracle;
+pub mod qmp;
 pub mod random;
 #[allow(unsafe_code)]
 pub mod raw;
+pub mod scene;
 pub mod server;
+pub mod stamped;
 pub mod vhost_client;
 pub mod virtio;

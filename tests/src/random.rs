@@ -24,4 +24,15 @@ impl Random {
     pub fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
+
+    /// A place in a list of `count` things, which is not empty.
+    pub fn index(&mut self, count: usize) -> usize {
+        usize::try_from(self.below(count as u64)).expect("below a usize")
+    }
+}
+
+/// `count` bytes of `seed`.
+pub fn bytes(seed: u64, count: usize) -> Vec<u8> {
+    let mut random = Random::new(seed);
+    (0..count).map(|_| random.next().to_le_bytes()[0]).collect()
 }

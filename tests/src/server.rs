@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::raw::die_with_parent;
@@ -103,6 +103,17 @@ impl Server {
     /// If the process is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    /// Lowers what it may use of `resource` from now on; `None` lifts the limit again.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn limit(&self, resource: Resource, most: Option<u64>) -> Result<()> {
+        let maximum = getrlimit(resource).maximum;
+        let limits = Rlimit { current: most.or(maximum), maximum };
+        prlimit(Some(Pid::from_child(&self.child)), resource, limits)?;
+        Ok(())
     }
 
     /// Asks it to end and waits; after a while it is killed.
@@ -244,6 +255,22 @@ fn find_ebbtide() -> Result<PathBuf> {
     }
     built.context("build ebbtide")?;
     Ok(path)
+}
+
+/// Connects to a Unix socket, which may be there a moment before anybody listens on it.
+///
+/// # Errors
+/// If nobody does in time, or there is no such socket.
+pub fn reach(path: &Path) -> std::io::Result<UnixStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Whether something answers on the Unix socket `path`.

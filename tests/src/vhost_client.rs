@@ -40,6 +40,7 @@ pub use ring::{Descriptor, Queue, Used};
 use watchdog::Watchdog;
 
 use crate::raw::readable;
+use crate::server::reach;
 use crate::virtio::{feature, request, status};
 
 /// No answer takes longer than this on a machine that works at all.
@@ -162,7 +163,7 @@ impl Client {
     /// # Errors
     /// If the back end cannot be reached.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
-        let socket = UnixStream::connect(path)?;
+        let socket = reach(path)?;
         let frontend = Frontend::from_stream(socket.try_clone()?, 256);
         let memory = Arc::new(Memory::new(&options.regions)?);
         let queues = (0..options.queues)
@@ -474,6 +475,14 @@ impl Client {
             queue.place(&chain)?
         };
         Ok(Ticket { queue: op.queue, head, kind: op.kind, input, status, owned })
+    }
+
+    /// Waits at most `limit` for the end of a request; if it comes, [`Client::finish`] has it at once.
+    ///
+    /// # Errors
+    /// If the device breaks a rule of the ring.
+    pub fn ends_within(&mut self, ticket: &Ticket, limit: Duration) -> Result<bool> {
+        self.queues[ticket.queue].collect(ticket.head, limit)
     }
 
     /// Waits for the end of a request.

@@ -302,12 +302,22 @@ impl Queue {
 
     /// Waits until `head` is used, keeping others for their own turn.
     pub(super) fn wait_for(&mut self, head: u16) -> Result<Used> {
-        loop {
-            if let Some(used) = self.collected.remove(&head) {
-                return Ok(used);
-            }
-            let used = self.wait()?;
-            self.collected.insert(used.head, used);
+        if !self.collect(head, PATIENCE)? {
+            return Err(Error::Late("completion"));
         }
+        Ok(self.collected.remove(&head).expect("just collected"))
+    }
+
+    /// Waits at most `limit` until `head` is used, and keeps it and others for their own turn.
+    pub(super) fn collect(&mut self, head: u16, limit: Duration) -> Result<bool> {
+        let deadline = Instant::now() + limit;
+        while !self.collected.contains_key(&head) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.wait_within(left)? {
+                Some(used) => self.collected.insert(used.head, used),
+                None => return Ok(false),
+            };
+        }
+        Ok(true)
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use ebbtide_tests::daemon::{Daemon, Disk, Program};
 use ebbtide_tests::random::Random;
+pub(crate) use ebbtide_tests::random::bytes;
 use ebbtide_tests::vhost_client::{Client, Error, Op, Options};
 use ebbtide_tests::virtio::{config, feature, request, status};
 
@@ -15,11 +16,6 @@ pub(crate) const SECTORS: u64 = (64 << 20) / 512;
 /// A daemon with one disk `vda` of [`SECTORS`].
 pub(crate) fn one_disk(program: Program) -> Result<Daemon> {
     Daemon::start(program, &[Disk::default()])
-}
-
-pub(crate) fn bytes(seed: u64, count: usize) -> Vec<u8> {
-    let mut random = Random::new(seed);
-    (0..count).map(|_| random.next().to_le_bytes()[0]).collect()
 }
 
 pub(crate) fn u32_at(space: &[u8], at: usize) -> u32 {

@@ -1,0 +1,180 @@
+//! A small NBD client that reads, written from the protocol and not from the server.
+//!
+//! Source: NBD `doc/proto.md`: fixed newstyle negotiation, `NBD_OPT_GO`, simple replies.
+//! Always: no call waits longer than [`PATIENCE`] for a byte. Absent: writes, structured replies and meta
+//! contexts; what changed is asked on the control socket.
+
+use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use crate::server::reach;
+use crate::vhost_client::PATIENCE;
+
+/// Bytes that one request asks for.
+const REQUEST_BYTES: usize = 1 << 20;
+/// Requests in flight while a whole export is read.
+const WINDOW: usize = 4;
+
+const OPTION_GO: u32 = 7;
+const REPLY_ACK: u32 = 1;
+const REPLY_INFO: u32 = 3;
+const FAILED: u32 = 1 << 31;
+const COMMAND_READ: u16 = 0;
+
+/// Why there is no data.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The server does not give out this export; the option reply's type.
+    #[error("the export is refused: {0:#x}")]
+    Refused(u32),
+    /// A read failed with this errno of the protocol; `EIO` is 5.
+    #[error("a read failed: errno {0}")]
+    Errno(u32),
+    /// The connection failed or ended.
+    #[error("nbd: {0}")]
+    Io(#[from] std::io::Error),
+    /// What came is not NBD.
+    #[error("nbd: not understood: {0}")]
+    Protocol(&'static str),
+}
+
+/// A result with this module's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An export that is open for reading.
+#[derive(Debug)]
+pub struct Nbd {
+    stream: UnixStream,
+    size: u64,
+}
+
+impl Nbd {
+    /// Opens `export` of the server at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if there is no such export.
+    pub fn open(path: &Path, export: &str) -> Result<Self> {
+        let stream = reach(path)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let mut client = Self { stream, size: 0 };
+        let greeting: [u8; 18] = client.take()?;
+        if greeting[..16] != *b"NBDMAGICIHAVEOPT" {
+            return Err(Error::Protocol("the greeting"));
+        }
+        // Fixed newstyle, no padding.
+        client.stream.write_all(&3_u32.to_be_bytes())?;
+        client.go(export)?;
+        Ok(client)
+    }
+
+    fn go(&mut self, export: &str) -> Result<()> {
+        let name = u32::try_from(export.len()).map_err(|_| Error::Protocol("so long a name"))?;
+        let mut option = b"IHAVEOPT".to_vec();
+        option.extend(OPTION_GO.to_be_bytes());
+        option.extend((name + 6).to_be_bytes());
+        option.extend(name.to_be_bytes());
+        option.extend(export.as_bytes());
+        option.extend([0; 2]);
+        self.stream.write_all(&option)?;
+        loop {
+            let header: [u8; 20] = self.take()?;
+            let (kind, len) = (be32(&header[12..]), be32(&header[16..]));
+            let mut body = vec![0; usize::try_from(len.min(1 << 16)).unwrap_or(0)];
+            self.stream.read_exact(&mut body)?;
+            match kind {
+                REPLY_ACK => return Ok(()),
+                REPLY_INFO if body.len() == 12 && body[..2] == [0, 0] => self.size = be64(&body[2..]),
+                REPLY_INFO => {}
+                kind if kind & FAILED != 0 => return Err(Error::Refused(kind)),
+                _ => return Err(Error::Protocol("an option reply")),
+            }
+        }
+    }
+
+    /// Bytes of the export.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Reads `len` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Errno`] if the server answers that it cannot.
+    pub fn read(&mut self, offset: u64, len: u32) -> Result<Vec<u8>> {
+        self.ask(offset, len)?;
+        let mut data = vec![0; len as usize];
+        let cookie = self.answer()?;
+        if cookie != offset {
+            return Err(Error::Protocol("a reply to nothing"));
+        }
+        self.stream.read_exact(&mut data)?;
+        Ok(data)
+    }
+
+    /// Reads all of it, with some requests in flight, answered in any order.
+    ///
+    /// # Errors
+    /// As [`Nbd::read`]; the first error counts.
+    pub fn read_all(&mut self) -> Result<Vec<u8>> {
+        let size = usize::try_from(self.size).map_err(|_| Error::Protocol("so large an export"))?;
+        let mut data = vec![0; size];
+        let mut parts = (0..self.size).step_by(REQUEST_BYTES).peekable();
+        let mut waiting = BTreeSet::new();
+        while parts.peek().is_some() || !waiting.is_empty() {
+            for offset in parts.by_ref().take(WINDOW - waiting.len()) {
+                let len = (self.size - offset).min(REQUEST_BYTES as u64);
+                self.ask(offset, u32::try_from(len).expect("a part is small"))?;
+                waiting.insert(offset);
+            }
+            let offset = self.answer()?;
+            if !waiting.remove(&offset) {
+                return Err(Error::Protocol("a reply to nothing"));
+            }
+            let from = usize::try_from(offset).expect("within the data");
+            let to = size.min(from + REQUEST_BYTES);
+            self.stream.read_exact(&mut data[from..to])?;
+        }
+        Ok(data)
+    }
+
+    /// Sends a read; its cookie is its offset.
+    fn ask(&mut self, offset: u64, len: u32) -> Result<()> {
+        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+        request.extend(0_u16.to_be_bytes());
+        request.extend(COMMAND_READ.to_be_bytes());
+        request.extend(offset.to_be_bytes());
+        request.extend(offset.to_be_bytes());
+        request.extend(len.to_be_bytes());
+        Ok(self.stream.write_all(&request)?)
+    }
+
+    /// Takes the head of a good answer, and says which cookie it has.
+    fn answer(&mut self) -> Result<u64> {
+        let header: [u8; 16] = self.take()?;
+        if be32(&header) != 0x6744_6698 {
+            return Err(Error::Protocol("a reply's magic"));
+        }
+        match be32(&header[4..]) {
+            0 => Ok(be64(&header[8..])),
+            errno => Err(Error::Errno(errno)),
+        }
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes(bytes[..4].try_into().expect("four bytes"))
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"))
+}
