@@ -24,6 +24,7 @@ use crate::format::{GRAIN, SnapshotState, Superblock};
 use crate::gate::{Gate, Lane};
 use crate::index::Key;
 use crate::memory::{AlignedBuf, Source, Target};
+use crate::overlay::Overlays;
 use crate::preserve::preserve;
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage, Zeroing};
@@ -70,6 +71,8 @@ pub struct Disk<S: Storage> {
     pub(crate) snapshots: Mutex<Vec<Arc<Snapshot<S>>>>,
     /// The end of the chain, into which changes preserve.
     pub(crate) newest: ArcSwapOption<Snapshot<S>>,
+    /// What stands on the snapshots' views.
+    pub(crate) overlays: Overlays<S>,
     pub(crate) superblock: Mutex<Superblock>,
     pub(crate) superblock_file: S::File,
     pub(crate) events: EventSink,
@@ -409,8 +412,12 @@ impl<S: Storage> Disk<S> {
     /// Deletes a snapshot. One at a time with other administrative verbs of the disk.
     ///
     /// While an older snapshot needs what it holds it is only hidden, and goes with that one.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSnapshot`]; [`Error::SnapshotInUse`] while it has overlays; those of the files.
     pub async fn delete_snapshot(&self, io: &S, name: &str) -> Result<(), Error> {
         let snapshot = self.snapshot(name)?;
+        self.overlays.check_unused(&snapshot)?;
         self.retire(io, &snapshot).await
     }
 

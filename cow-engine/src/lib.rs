@@ -18,6 +18,7 @@ mod index;
 #[allow(unsafe_code)]
 pub mod memory;
 mod open;
+mod overlay;
 mod preserve;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -32,6 +33,7 @@ pub use disk::{Disk, Event, EventSink};
 pub use error::Error;
 pub use gate::Lane;
 pub use open::{DiskOptions, OpenReport, ResetReason};
+pub use overlay::Overlay;
 pub use snapshot::Snapshot;
 pub use storage::{Durability, Extent, Storage, Zeroing};
 pub use tracker::Identity;

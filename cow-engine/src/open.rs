@@ -28,6 +28,7 @@ use crate::error::Error;
 use crate::format::{self, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
 use crate::gate::Gate;
 use crate::memory::{Source, Target};
+use crate::overlay::{Left, Overlays};
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage};
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
@@ -110,6 +111,8 @@ pub struct OpenReport {
     pub dropped: Vec<(String, String)>,
     /// Names of snapshots that were kept.
     pub kept: Vec<String>,
+    /// Names of overlays that should have been kept and could not, with the reason.
+    pub overlays_dropped: Vec<(String, String)>,
     /// The last daemon did not close the disk.
     pub unclean: bool,
 }
@@ -167,6 +170,16 @@ impl<S: Storage> Disk<S> {
             let reason = report.reset.as_ref().map_or_else(String::new, ResetReason::to_string);
             drop_snapshots(io, &options.dir, &next.disk, &names, &reason, &mut report).await?;
         }
+        let left = Left {
+            dir: &options.dir,
+            disk: &next.disk,
+            names: &names,
+            chain: &chain,
+            reset: report.reset.as_ref().map(ToString::to_string),
+            boot: options.boot,
+        };
+        let (overlays, dropped) = Overlays::load(io, &left).await?;
+        report.overlays_dropped = dropped;
         if verdict.reset.is_some() {
             // The old generation ends durably before its map is cleared or replaced: a stop between
             // the two must not leave a valid generation with an empty map.
@@ -196,6 +209,7 @@ impl<S: Storage> Disk<S> {
             next.state = DiskState::Serving;
         }
         write_superblock(io, &file, &next).await?;
+        overlays.begin(io).await?;
         io.sync_dir(&options.dir).map_err(fail())?;
         note_broken(&control, &chain, &options.name);
         link(&chain);
@@ -212,6 +226,7 @@ impl<S: Storage> Disk<S> {
             control,
             newest: ArcSwapOption::new(chain.last().cloned()),
             snapshots: Mutex::new(chain),
+            overlays,
             superblock: Mutex::new(next),
             superblock_file: file,
             events: options.events,
@@ -241,6 +256,7 @@ impl<S: Storage> Disk<S> {
         for snapshot in snapshots {
             self.sync_snapshot(io, &snapshot).await;
         }
+        self.overlays.close(io, &self.dir).await;
         io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
         let identity = identity().map_err(Error::io("asking for the image's identity"))?;

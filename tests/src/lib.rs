@@ -4,7 +4,8 @@
 //! - [`vhost_client`]: our own vhost-user front end, which can also say what no driver would say.
 //! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
 //! - [`daemon`]: a daemon with disks in a temporary directory.
-//! - [`oracle`]: what a disk may answer; the judge of the simulation suite.
+//! - [`oracle`], [`overlay_oracle`]: what a disk and a writable view may answer; the judges of the simulation
+//!   suite.
 //! - [`server`]: starts the programs under test, bounds their lives, reads what they use.
 //!
 //! Always: no process outlives the one that started it, and nothing waits without a deadline.
@@ -18,6 +19,7 @@ pub mod daemon;
 pub mod histogram;
 pub mod load;
 pub mod oracle;
+pub mod overlay_oracle;
 pub mod random;
 #[allow(unsafe_code)]
 pub mod raw;

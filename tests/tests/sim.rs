@@ -1,8 +1,8 @@
 //! The engine on a simulated host: random work, crashes and faults, judged by the oracle.
 //!
 //! A seed makes a host, one or two disks and a way of working, then some rounds of: open (perhaps cut
-//! off, perhaps several times), judge what is there, work with several queues, an administrator and
-//! readers until a crash at a random step or a clean close. At the end all snapshots are deleted, and
+//! off, perhaps several times), judge what is there, work with several queues, an administrator,
+//! readers and users of overlays until a crash at a random step or a clean close. At the end all snapshots are deleted, and
 //! none of their files may be left.
 //!
 //! `SEED=n` runs one seed, `SEED=<commit>` as many as usual from a place of its own, `SEEDS=n` as many
@@ -10,6 +10,8 @@
 
 #![forbid(unsafe_code)]
 
+#[path = "sim/overlays.rs"]
+mod overlays;
 #[path = "sim/rig.rs"]
 mod rig;
 #[path = "sim/work.rs"]

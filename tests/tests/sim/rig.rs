@@ -9,7 +9,9 @@ use cow_engine::cbt::BlockGrid;
 use cow_engine::sim::{Defect, FileKind, OpKind, Random, Rule, Sim, SimDir};
 use cow_engine::{Disk, DiskOptions, Error, OpenReport, group};
 use ebbtide_tests::oracle::{Fate, Oracle, SECTOR, stamp};
+use ebbtide_tests::overlay_oracle::OverlayOracle;
 
+use crate::overlays;
 use crate::work::{self, Mix, Shared, SimDisk};
 
 /// What a test looks for.
@@ -135,6 +137,8 @@ impl<'a> Rig<'a> {
         let shared = Rc::new(Shared {
             io: sim.storage(),
             oracle: RefCell::new(oracle),
+            overlays: RefCell::new(OverlayOracle::default()),
+            closing: Cell::new(false),
             failed_syncs: images.iter().map(|_| Cell::new(0)).collect(),
             images,
             spots,
@@ -170,11 +174,12 @@ impl<'a> Rig<'a> {
         } else {
             self.sim.kill();
         }
-        self.shared.oracle.borrow_mut().crash();
+        self.shared.crash();
     }
 
     /// Opens all disks, however often it is cut off.
     fn open(&mut self) -> Vec<SimDisk> {
+        self.shared.closing.set(false);
         loop {
             let blocks: Vec<u64> = self.specs.iter().map(|spec| *self.random.pick(&spec.blocks)).collect();
             let faulty = self.profile.faults && self.random.one_in(4);
@@ -191,7 +196,7 @@ impl<'a> Rig<'a> {
                     // A failure of the life before may be told to this one.
                     assert!(self.profile.faults, "opening: {error:?}");
                     self.sim.kill();
-                    self.shared.oracle.borrow_mut().crash();
+                    self.shared.crash();
                 }
                 None => self.crash(),
             }
@@ -255,6 +260,14 @@ impl<'a> Rig<'a> {
                 let known = known.iter().any(|&group| oracle.groups[group].name == snapshot.name());
                 assert!(known, "disk {at}: snapshot {} was not expected", snapshot.name());
             }
+            let must = if lost {
+                overlays::Kept::Never
+            } else if perhaps || self.profile.faults {
+                overlays::Kept::Perhaps
+            } else {
+                overlays::Kept::Always
+            };
+            overlays::opened(&self.shared, &mut oracle, at, disk, must);
         }
         let power = self.specs.iter().any(|spec| spec.power);
         if let Err(what) = oracle.check_whole(!power && !self.profile.faults) {
@@ -328,6 +341,10 @@ impl<'a> Rig<'a> {
                 spawn(Box::pin(queue));
             }
         }
+        for _ in 0..random.within(0..4) {
+            let (own, requests) = (Random::new(random.bits()), random.within(10..60));
+            spawn(Box::pin(overlays::user(shared.clone(), disks.to_vec(), own, requests)));
+        }
         let (own, commands) = (Random::new(random.bits()), random.within(1..14));
         spawn(Box::pin(work::administrator(shared.clone(), disks.to_vec(), own, commands)));
         for _ in 0..random.within(0..4) {
@@ -347,6 +364,7 @@ impl<'a> Rig<'a> {
         self.at("closing", limit);
         let states: Rc<RefCell<Vec<Clean>>> = Rc::new(RefCell::new(vec![Clean::No; disks.len()]));
         let (shared, closing) = (self.shared.clone(), states.clone());
+        self.shared.closing.set(true);
         // A guest that does not know waits at the gate for ever.
         if self.random.one_in(2) {
             for (at, disk) in disks.iter().enumerate() {
@@ -354,6 +372,8 @@ impl<'a> Rig<'a> {
                 let (disk, lane) = (disk.clone(), disk.lane());
                 self.sim.spawn(work::queue(shared.clone(), at, disk, lane, own, self.mix.clone(), 20));
             }
+            let own = Random::new(self.random.bits());
+            self.sim.spawn(overlays::user(shared.clone(), disks.clone(), own, 20));
         }
         let done = self.sim.run(
             async move {
@@ -389,7 +409,7 @@ impl<'a> Rig<'a> {
             0 => self.crash(),
             1 => {
                 self.sim.kill();
-                self.shared.oracle.borrow_mut().crash();
+                self.shared.crash();
                 let at = self.random.index(self.specs.len());
                 if self.specs[at].clean == Clean::Yes {
                     self.edit(at);
@@ -397,7 +417,7 @@ impl<'a> Rig<'a> {
             }
             _ => {
                 self.sim.kill();
-                self.shared.oracle.borrow_mut().crash();
+                self.shared.crash();
             }
         }
     }
@@ -425,6 +445,10 @@ impl<'a> Rig<'a> {
         let ended = self.sim.run(
             async move {
                 for disk in held {
+                    for overlay in disk.overlays() {
+                        let snapshot = overlay.view().snapshot().name().to_owned();
+                        disk.close_overlay(&io, &snapshot, overlay.name()).expect("no faults now");
+                    }
                     let mut names: Vec<String> =
                         disk.snapshots().iter().map(|snapshot| snapshot.name().to_owned()).collect();
                     random.shuffle(&mut names);
