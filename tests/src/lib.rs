@@ -4,6 +4,7 @@
 //! - [`vhost_client`]: our own vhost-user front end, which can also say what no driver would say.
 //! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
 //! - [`daemon`]: a daemon with disks in a temporary directory.
+//! - [`nbd`]: a plain NBD client.
 //! - [`oracle`], [`overlay_oracle`]: what a disk and a writable view may answer; the judges of the simulation
 //!   suite.
 //! - [`server`]: starts the programs under test, bounds their lives, reads what they use.
@@ -18,6 +19,7 @@ pub mod baseline;
 pub mod daemon;
 pub mod histogram;
 pub mod load;
+pub mod nbd;
 pub mod oracle;
 pub mod overlay_oracle;
 pub mod random;

@@ -12,6 +12,8 @@ mod cli;
 mod descriptor;
 mod disk_spec;
 mod nbd;
+mod offered;
+mod overlays;
 mod serve;
 mod service;
 mod stop;

@@ -23,6 +23,7 @@ use crate::args::Doors;
 use crate::catalog::Catalog;
 use crate::disk_spec::DiskSpec;
 use crate::nbd::NbdServer;
+use crate::overlays::Overlays;
 use crate::service::ControlService;
 use crate::stop::Stop;
 
@@ -131,10 +132,13 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         None => None,
     };
     let disks = Arc::new(disks);
+    let overlays = Arc::new(Overlays::new(disks.clone(), catalog.clone(), hub.clone()));
+    overlays.resume();
     let service = ControlService {
         disks: disks.clone(),
         admin: Mutex::new(Admin::new()),
         catalog,
+        overlays: overlays.clone(),
         hub: hub.clone(),
         stop: stop.clone(),
         started: Instant::now(),
@@ -165,6 +169,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         server.stop(Duration::from_secs(2));
     }
     nbd.stop();
+    overlays.stop();
     for path in created.iter().chain(&plan.doors.nbd) {
         let _ = std::fs::remove_file(path);
     }
@@ -259,6 +264,9 @@ fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, h
     for (snapshot, reason) in &report.dropped {
         log::warn!("{name}: snapshot {snapshot} is lost: {reason}");
     }
+    for (overlay, reason) in &report.overlays_dropped {
+        log::warn!("{name}: overlay {overlay} is lost: {reason}");
+    }
     if let Some(reason) = &report.reset {
         let generation = disk.change_id().generation.to_string();
         if *reason != ResetReason::New {
@@ -273,7 +281,7 @@ fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, h
     }
 }
 
-fn device_options(spec: &DiskSpec) -> Options {
+pub(crate) fn device_options(spec: &DiskSpec) -> Options {
     Options {
         name: spec.name.clone(),
         queues: spec.queues,
@@ -357,7 +365,7 @@ fn boot_id() -> anyhow::Result<[u8; 16]> {
 }
 
 /// Listens on `path`, in place of a socket that nobody listens on any more.
-fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+pub(crate) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     let fail = || format!("cannot listen on {}", path.display());
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
