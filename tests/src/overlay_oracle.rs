@@ -52,6 +52,8 @@ pub struct OverlayModel {
     changes: Vec<Change>,
     sectors: BTreeMap<u64, Vec<usize>>,
     in_flight: Vec<(usize, Range<u64>)>,
+    /// Sectors of changes that a crash cut off, where something may be left that nobody must see.
+    pub cut_off: Vec<Range<u64>>,
 }
 
 impl OverlayModel {
@@ -84,6 +86,7 @@ impl OverlayOracle {
             changes: Vec::new(),
             sectors: BTreeMap::new(),
             in_flight: Vec::new(),
+            cut_off: Vec::new(),
         });
         self.overlays.len() - 1
     }
@@ -96,7 +99,7 @@ impl OverlayOracle {
     /// Everything in flight was cut off.
     pub fn crash(&mut self) {
         for overlay in &mut self.overlays {
-            overlay.in_flight.clear();
+            overlay.cut_off = overlay.in_flight.drain(..).map(|(_, sectors)| sectors).collect();
             if matches!(overlay.fate, Fate::Creating | Fate::Deleting) {
                 overlay.fate = Fate::Unknown;
             }

@@ -93,6 +93,12 @@ fn faults_break_snapshots_and_nothing_else() {
     suite("faults_break_snapshots_and_nothing_else", 4_000_000, profile);
 }
 
+#[test]
+fn overlays_keep_what_was_written_to_them_and_nothing_else() {
+    let profile = Profile { power: 2, overlays: true, ..Profile::STRICT };
+    suite("overlays_keep_what_was_written_to_them_and_nothing_else", 8_000_000, profile);
+}
+
 /// A medium that breaks its promises must be noticed, or the net has a hole.
 fn canary(first: u64, defect: Defect, profile: Profile) {
     let noticed =

@@ -131,7 +131,11 @@ async fn request(
 ) -> Result<(), Error> {
     let found = find(shared, disks, overlay)?;
     let at = shared.overlays.borrow().overlays[overlay].disk;
-    let sectors = shared.range(at, random, 40);
+    let cut_off = shared.overlays.borrow().overlays[overlay].cut_off.clone();
+    let sectors = match random.below(3) {
+        0 if !cut_off.is_empty() => random.pick(&cut_off).clone(),
+        _ => shared.range(at, random, 40),
+    };
     let range = bytes_of(&sectors);
     let io = &shared.io;
     match random.below(10) {

@@ -23,13 +23,16 @@ pub(crate) struct Profile {
     pub(crate) faults: bool,
     /// Opening and closing are cut off more often than not, and block sizes change.
     pub(crate) restless: bool,
+    /// Overlays are used more than the disks below them.
+    pub(crate) overlays: bool,
     /// What is wrong with the medium.
     pub(crate) defect: Option<Defect>,
 }
 
 impl Profile {
     /// Nothing fails but by crashes, half of them power cuts.
-    pub(crate) const STRICT: Self = Self { power: 3, faults: false, restless: false, defect: None };
+    pub(crate) const STRICT: Self =
+        Self { power: 3, faults: false, restless: false, overlays: false, defect: None };
 }
 
 /// How sure it is that a disk was closed in order.
@@ -326,7 +329,11 @@ impl<'a> Rig<'a> {
         };
         let random = &mut self.random;
         for (at, disk) in disks.iter().enumerate() {
-            let queues = if random.one_in(4) { random.within(4..9) } else { random.within(1..5) };
+            let queues = match self.profile.overlays {
+                true => 1,
+                false if random.one_in(4) => random.within(4..9),
+                false => random.within(1..5),
+            };
             for _ in 0..queues {
                 let (own, requests) = (Random::new(random.bits()), random.within(10..80));
                 let queue = work::queue(
@@ -341,7 +348,8 @@ impl<'a> Rig<'a> {
                 spawn(Box::pin(queue));
             }
         }
-        for _ in 0..random.within(0..4) {
+        let users = if self.profile.overlays { random.within(3..9) } else { random.within(0..4) };
+        for _ in 0..users {
             let (own, requests) = (Random::new(random.bits()), random.within(10..60));
             spawn(Box::pin(overlays::user(shared.clone(), disks.to_vec(), own, requests)));
         }
