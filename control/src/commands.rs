@@ -12,6 +12,7 @@ mod checks;
 mod daemon;
 mod disks;
 mod exports;
+mod overlays;
 mod snapshots;
 mod time;
 
@@ -26,6 +27,7 @@ pub use self::daemon::{
 };
 pub use self::disks::{DiskInfo, IoCounters, QueryDisks, TrackerInfo};
 pub use self::exports::{ExportInfo, NbdExportAdd, NbdExportDel, QueryExports};
+pub use self::overlays::{OverlayInfo, SnapshotClose, SnapshotOpen};
 pub use self::snapshots::{
     QuerySnapshots, SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo,
     SnapshotPoint, SnapshotState,
@@ -62,8 +64,10 @@ pub const VERBS: &[&str] = &[
     QueryStatus::NAME,
     QueryVersion::NAME,
     Quit::NAME,
+    SnapshotClose::NAME,
     SnapshotCreate::NAME,
     SnapshotDelete::NAME,
+    SnapshotOpen::NAME,
 ];
 
 /// The answer of verbs that answer nothing: `{}`.

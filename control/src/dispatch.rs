@@ -10,8 +10,8 @@ use serde_json::value::{RawValue, to_raw_value};
 use crate::arguments;
 use crate::commands::{
     Command, CommandInfo, NbdExportAdd, NbdExportDel, QmpCapabilities, QueryChangedBlocks, QueryCommands,
-    QueryDisks, QueryExports, QuerySnapshots, QueryStatus, QueryVersion, Quit, SnapshotCreate,
-    SnapshotDelete, VERBS, VersionInfo,
+    QueryDisks, QueryExports, QuerySnapshots, QueryStatus, QueryVersion, Quit, SnapshotClose, SnapshotCreate,
+    SnapshotDelete, SnapshotOpen, VERBS, VersionInfo,
 };
 use crate::request::{Request, excerpt};
 use crate::service::{Answer, CommandError, ErrorClass, Service, reason};
@@ -71,6 +71,8 @@ fn serve(service: &dyn Service, request: &Request<'_>) -> Answer<Box<RawValue>> 
         QueryChangedBlocks::NAME => answer(request, |a: QueryChangedBlocks| service.query_changed_blocks(a)),
         SnapshotCreate::NAME => answer(request, |a: SnapshotCreate| service.snapshot_create(a)),
         SnapshotDelete::NAME => answer(request, |a: SnapshotDelete| service.snapshot_delete(a)),
+        SnapshotOpen::NAME => answer(request, |a: SnapshotOpen| service.snapshot_open(a)),
+        SnapshotClose::NAME => answer(request, |a: SnapshotClose| service.snapshot_close(a)),
         NbdExportAdd::NAME => answer(request, |a: NbdExportAdd| service.nbd_export_add(a)),
         NbdExportDel::NAME => answer(request, |a: NbdExportDel| service.nbd_export_del(a)),
         unknown => Err(CommandError::new(

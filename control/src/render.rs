@@ -10,7 +10,8 @@ mod table;
 
 use self::table::{Align, Table, printable};
 use crate::commands::{
-    ChangedBlocks, DiskInfo, ExportInfo, RunState, SnapshotCreated, SnapshotInfo, SnapshotState, StatusInfo,
+    ChangedBlocks, DiskInfo, ExportInfo, OverlayInfo, RunState, SnapshotCreated, SnapshotInfo, SnapshotState,
+    StatusInfo,
 };
 
 /// The answer of `query-status`, one fact a line.
@@ -71,7 +72,7 @@ pub fn disks(disks: &[DiskInfo]) -> String {
     table.finish()
 }
 
-/// The answer of `query-snapshots`.
+/// The answer of `query-snapshots`, with a second table if some are open for writing.
 pub fn snapshots(snapshots: &[SnapshotInfo]) -> String {
     if snapshots.is_empty() {
         return "no snapshots\n".to_owned();
@@ -103,7 +104,48 @@ pub fn snapshots(snapshots: &[SnapshotInfo]) -> String {
             list(&snapshot.exports),
         ]);
     }
+    let overlays: Vec<_> = snapshots.iter().flat_map(|snapshot| &snapshot.overlays).collect();
+    if overlays.is_empty() { table.finish() } else { format!("{}\n{}", table.finish(), open(&overlays)) }
+}
+
+fn open(overlays: &[&OverlayInfo]) -> String {
+    let mut table = Table::new(&[
+        ("OVERLAY", Align::Left),
+        ("SNAPSHOT", Align::Left),
+        ("DISK", Align::Left),
+        ("USED", Align::Right),
+        ("KEEP", Align::Left),
+        ("CLIENTS", Align::Right),
+        ("FRONT END", Align::Left),
+        ("EXPORT", Align::Left),
+        ("SOCKET", Align::Left),
+    ]);
+    for overlay in overlays {
+        let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+        table.row(vec![
+            overlay.name.clone(),
+            overlay.snapshot.clone(),
+            overlay.disk.clone(),
+            size(overlay.used),
+            (if overlay.keep { "yes" } else { "no" }).to_owned(),
+            overlay.clients.to_string(),
+            (if overlay.connected { "connected" } else { "-" }).to_owned(),
+            or_none(&overlay.export),
+            or_none(&overlay.socket),
+        ]);
+    }
     table.finish()
+}
+
+/// The answer of `snapshot-open`: where to reach it, a door a line.
+pub fn overlay_opened(overlay: &OverlayInfo) -> String {
+    let doors = [overlay.uri.as_ref(), overlay.socket.as_ref()];
+    let lines: String = doors.into_iter().flatten().map(|door| printable(door) + "\n").collect();
+    if lines.is_empty() {
+        "open, but the daemon has no NBD server and there is no socket\n".to_owned()
+    } else {
+        lines
+    }
 }
 
 /// The answer of `snapshot-create`.

@@ -10,9 +10,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::commands::{
-    ChangedBlocks, DiskInfo, ExportInfo, NbdExportAdd, NbdExportDel, Nothing, QueryChangedBlocks, QueryDisks,
-    QueryExports, QuerySnapshots, QueryStatus, SnapshotCreate, SnapshotCreated, SnapshotDelete,
-    SnapshotDeleted, SnapshotInfo, StatusInfo,
+    ChangedBlocks, DiskInfo, ExportInfo, NbdExportAdd, NbdExportDel, Nothing, OverlayInfo,
+    QueryChangedBlocks, QueryDisks, QueryExports, QuerySnapshots, QueryStatus, SnapshotClose, SnapshotCreate,
+    SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotOpen, StatusInfo,
 };
 
 /// What a verb answers.
@@ -36,7 +36,13 @@ pub trait Service: Send + Sync + 'static {
     /// Lets go of a snapshot on some or all of its disks.
     fn snapshot_delete(&self, arguments: SnapshotDelete) -> Answer<SnapshotDeleted>;
 
-    /// Snapshots of one disk or of all, oldest first within a disk.
+    /// Opens a snapshot for writing.
+    fn snapshot_open(&self, arguments: SnapshotOpen) -> Answer<OverlayInfo>;
+
+    /// Discards what was written to a snapshot that was opened.
+    fn snapshot_close(&self, arguments: SnapshotClose) -> Answer<Nothing>;
+
+    /// Snapshots of one disk or of all, oldest first within a disk, with their overlays.
     fn query_snapshots(&self, arguments: QuerySnapshots) -> Answer<Vec<SnapshotInfo>>;
 
     /// One page of the ranges that changed between two instants.
@@ -137,8 +143,14 @@ pub mod reason {
     pub const SNAPSHOT_EXISTS: &str = "snapshot-exists";
     /// The snapshot can no longer be read.
     pub const SNAPSHOT_BROKEN: &str = "snapshot-broken";
-    /// The snapshot is exported; end its exports first.
+    /// The snapshot is open for writing; close its overlays first.
     pub const SNAPSHOT_IN_USE: &str = "snapshot-in-use";
+    /// No overlay of that name on that snapshot.
+    pub const OVERLAY_NOT_FOUND: &str = "overlay-not-found";
+    /// An overlay of that name exists already.
+    pub const OVERLAY_EXISTS: &str = "overlay-exists";
+    /// A front end is connected to the overlay; take it away first, or say `force`.
+    pub const OVERLAY_IN_USE: &str = "overlay-in-use";
     /// The change id belongs to another generation: a full backup is needed.
     pub const GENERATION_DIFFERS: &str = "generation-differs";
     /// The change id is not older than the snapshot.

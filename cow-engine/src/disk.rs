@@ -28,6 +28,7 @@ use crate::format::{Broken, GRAIN, Superblock};
 use crate::gate::{Gate, Lane};
 use crate::index::Key;
 use crate::memory::{AlignedBuf, Source, Target};
+use crate::overlay::Overlays;
 use crate::preserve::preserve;
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage, Zeroing};
@@ -83,6 +84,8 @@ pub struct Disk<S: Storage> {
     pub(crate) buffers: Buffers,
     /// The end of the chain, into which changes preserve.
     pub(crate) newest: ArcSwapOption<Snapshot<S>>,
+    /// What stands on the snapshots' views.
+    pub(crate) overlays: Overlays<S>,
     pub(crate) superblock: Mutex<Superblock>,
     pub(crate) superblock_file: S::File,
     pub(crate) events: EventSink,

@@ -49,9 +49,39 @@ pub enum Error {
         /// The name asked for.
         name: String,
     },
+    /// There are overlays on the snapshot, which need it.
+    #[error("snapshot '{name}' is open for writing: close {overlays} first")]
+    SnapshotInUse {
+        /// Its name.
+        name: String,
+        /// The names of its overlays, separated by commas.
+        overlays: String,
+    },
+    /// There is no overlay of this name.
+    #[error("snapshot '{snapshot}' has no overlay '{name}'")]
+    NoSuchOverlay {
+        /// The snapshot.
+        snapshot: String,
+        /// The name asked for.
+        name: String,
+    },
+    /// There is an overlay of this name already.
+    #[error("snapshot '{snapshot}' has an overlay '{name}' already")]
+    OverlayExists {
+        /// The snapshot.
+        snapshot: String,
+        /// The name asked for.
+        name: String,
+    },
+    /// The overlay was discarded, perhaps while it was used.
+    #[error("overlay '{name}' was closed")]
+    OverlayClosed {
+        /// Its name.
+        name: String,
+    },
     /// A name that cannot be one.
     #[error(
-        "'{name}' is no name for a snapshot: 1 to {max} letters, digits, '.', '_', '-', '+' or ':', beginning with a letter or digit"
+        "'{name}' is no name for a snapshot or an overlay: 1 to {max} letters, digits, '.', '_', '-', '+' or ':', beginning with a letter or digit"
     )]
     BadName {
         /// The name asked for.
@@ -158,6 +188,10 @@ impl Error {
             Self::SnapshotDeleted { .. } => "snapshot-deleted",
             Self::NoSuchSnapshot { .. } => "no-such-snapshot",
             Self::SnapshotExists { .. } => "snapshot-exists",
+            Self::SnapshotInUse { .. } => "snapshot-in-use",
+            Self::NoSuchOverlay { .. } => "no-such-overlay",
+            Self::OverlayExists { .. } => "overlay-exists",
+            Self::OverlayClosed { .. } => "overlay-closed",
             Self::BadName { .. } => "bad-name",
             Self::GateTimeout { .. } => "gate-timeout",
             Self::TooManySnapshots { .. } => "too-many-snapshots",

@@ -170,17 +170,17 @@ pub(crate) const RECORD: usize = size_of::<RawRecord>();
 const _: () = assert!(RECORD == 16);
 
 /// The CRC-32C of `parts`, in order.
-fn checksum(parts: &[&[u8]]) -> U32 {
+pub(crate) fn checksum(parts: &[&[u8]]) -> U32 {
     U32::new(parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part)))
 }
 
 /// The bytes of `raw` before its checksum, which is its last field.
-fn body<T: IntoBytes + Immutable>(raw: &T) -> &[u8] {
+pub(crate) fn body<T: IntoBytes + Immutable>(raw: &T) -> &[u8] {
     let bytes = raw.as_bytes();
     &bytes[..bytes.len() - size_of::<U32>()]
 }
 
-fn page_of<T: IntoBytes + Immutable>(raw: &T) -> Box<[u8; PAGE]> {
+pub(crate) fn page_of<T: IntoBytes + Immutable>(raw: &T) -> Box<[u8; PAGE]> {
     let mut page = Box::new([0; PAGE]);
     page[..size_of::<T>()].copy_from_slice(raw.as_bytes());
     page
@@ -204,14 +204,14 @@ fn head(text: &str, max: usize) -> &str {
     &text[..end]
 }
 
-fn padded<const N: usize>(text: &str) -> [u8; N] {
+pub(crate) fn padded<const N: usize>(text: &str) -> [u8; N] {
     let mut bytes = [0; N];
     bytes[..text.len()].copy_from_slice(text.as_bytes());
     bytes
 }
 
 /// A text of `len` bytes in a field, or `None` if it does not fit or is no UTF-8.
-fn text(field: &[u8], len: usize) -> Option<String> {
+pub(crate) fn text(field: &[u8], len: usize) -> Option<String> {
     String::from_utf8(field.get(..len)?.to_vec()).ok()
 }
 

@@ -283,7 +283,7 @@ pub async fn settle<S: Storage>(
     Ok(dropped)
 }
 
-fn check_name(name: &str) -> Result<(), Error> {
+pub(crate) fn check_name(name: &str) -> Result<(), Error> {
     let fits = (1..=NAME_BYTES).contains(&name.len());
     let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+:".contains(&b));
     if fits && plain && name.as_bytes()[0].is_ascii_alphanumeric() {

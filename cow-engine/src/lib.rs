@@ -22,6 +22,7 @@ mod index;
 pub mod memory;
 mod merge;
 mod open;
+mod overlay;
 mod preserve;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -39,6 +40,7 @@ pub use error::Error;
 pub use gate::Lane;
 pub use merge::MERGE_STEP;
 pub use open::{DiskOptions, OpenReport, ResetReason};
+pub use overlay::Overlay;
 pub use snapshot::Snapshot;
 pub use storage::{Durability, Extent, Storage, Zeroing};
 pub use tracker::Identity;

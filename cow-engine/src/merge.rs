@@ -45,9 +45,11 @@ impl<S: Storage> Disk<S> {
     /// It is gone for users at once; [`Disk::maintain`] gives back its space.
     ///
     /// # Errors
-    /// [`Error::NoSuchSnapshot`]; those of its file, and then it is still there.
+    /// [`Error::NoSuchSnapshot`]; [`Error::SnapshotInUse`] while it has overlays; those of its file, and then
+    /// it is still there.
     pub async fn delete_snapshot(&self, io: &S, name: &str) -> Result<(), Error> {
         let snapshot = self.snapshot(name)?;
+        self.overlays.check_unused(&snapshot)?;
         self.retire(io, &snapshot).await
     }
 

@@ -35,6 +35,7 @@ use crate::format::{
 use crate::gate::Gate;
 use crate::index::Slot;
 use crate::memory::{Source, Target};
+use crate::overlay::{Left, Overlays};
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage};
 use crate::store::Store;
@@ -120,6 +121,8 @@ pub struct OpenReport {
     pub dropped: Vec<(String, String)>,
     /// Names of snapshots that were kept.
     pub kept: Vec<String>,
+    /// Names of overlays that should have been kept and could not, with the reason.
+    pub overlays_dropped: Vec<(String, String)>,
     /// The last daemon did not close the disk.
     pub unclean: bool,
 }
@@ -175,8 +178,8 @@ impl<S: Storage> Disk<S> {
                 Some((old, len)) => old_control(io, old, *len)?,
                 None => None,
             };
-            let left = Left { store_len, control };
-            chain = load_chain(io, &options.dir, &next.disk, &names, &left, &mut report).await?;
+            let remains = Remains { store_len, control };
+            chain = load_chain(io, &options.dir, &next.disk, &names, &remains, &mut report).await?;
             if let Some((old, len)) = old_map.as_ref().filter(|_| !fits) {
                 take_notes(io, old, *len, &chain, &options.name).await?;
             }
@@ -184,6 +187,16 @@ impl<S: Storage> Disk<S> {
             let reason = report.reset.as_ref().map_or_else(String::new, ResetReason::to_string);
             drop_snapshots(io, &options.dir, &next.disk, &names, &reason, &mut report).await?;
         }
+        let left = Left {
+            dir: &options.dir,
+            disk: &next.disk,
+            names: &names,
+            chain: &chain,
+            reset: report.reset.as_ref().map(ToString::to_string),
+            boot: options.boot,
+        };
+        let (overlays, dropped) = Overlays::load(io, &left).await?;
+        report.overlays_dropped = dropped;
         if verdict.reset.is_some() {
             // The old generation ends durably before its map is cleared or replaced: a stop between
             // the two must not leave a valid generation with an empty map.
@@ -213,6 +226,7 @@ impl<S: Storage> Disk<S> {
             next.state = DiskState::Serving;
         }
         write_superblock(io, &file, &next).await?;
+        overlays.begin(io).await?;
         io.sync_dir(&options.dir).map_err(fail())?;
         note_broken(&control, &chain, &options.name);
         for snapshot in &chain {
@@ -239,6 +253,7 @@ impl<S: Storage> Disk<S> {
             merge_step: options.merge_step.max(1),
             appender: Appender::default(),
             buffers: Buffers::default(),
+            overlays,
             superblock: Mutex::new(next),
             superblock_file: file,
             events: options.events,
@@ -268,6 +283,7 @@ impl<S: Storage> Disk<S> {
         for snapshot in self.chain.now().iter() {
             self.sync_snapshot(io, snapshot).await;
         }
+        self.overlays.close(io, &self.dir).await;
         io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
         let identity = identity().map_err(Error::io("asking for the image's identity"))?;
@@ -479,15 +495,15 @@ async fn load_chain<S: Storage>(
     dir: &S::Dir,
     disk: &[u8; 16],
     names: &[String],
-    left: &Left<S::Cells>,
+    remains: &Remains<S::Cells>,
     report: &mut OpenReport,
 ) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
     let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
     let mut damaged = Vec::new();
     let mut lost: Option<String> = None;
     for sequence in sequences(names) {
-        let loaded = Snapshot::load(io, dir, disk, sequence, left.store_len).await;
-        match loaded.and_then(|found| found.map(|one| left.check_whole(one)).transpose()) {
+        let loaded = Snapshot::load(io, dir, disk, sequence, remains.store_len).await;
+        match loaded.and_then(|found| found.map(|one| remains.check_whole(one)).transpose()) {
             // A creation that did not come to its head.
             Ok(None) => Snapshot::<S>::remove_file(io, dir, sequence)?,
             Ok(Some(snapshot)) => chain.push(Arc::new(snapshot)),
@@ -543,12 +559,12 @@ fn leads_to<S: Storage>(older: &Snapshot<S>, newer: Option<&Snapshot<S>>) -> boo
 }
 
 /// What else was left that tells whether snapshots are whole.
-struct Left<C> {
+struct Remains<C> {
     store_len: u64,
     control: Option<Control<C>>,
 }
 
-impl<C: Cells> Left<C> {
+impl<C: Cells> Remains<C> {
     /// Refuses a snapshot whose index has fewer records than were published.
     fn check_whole<S: Storage>(&self, snapshot: Snapshot<S>) -> Result<Snapshot<S>, Error> {
         let published = self.control.as_ref().map_or(0, |control| control.records(snapshot.sequence));

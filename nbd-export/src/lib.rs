@@ -12,8 +12,8 @@
 //! connection is over; an export's future is driven to its end, never dropped half-way, unless
 //! the caller drops the connection's own future.
 //!
-//! [`ViewExport`] serves a snapshot's view, and [`SocketHalf`] carries a connection on an
-//! executor's ring; nothing else here knows of either.
+//! [`ViewExport`] serves a snapshot's view, [`OverlayExport`] one that can be written, and [`SocketHalf`] carries a connection on an
+//! executor's ring; nothing else here knows of them.
 //!
 //! Absent: TLS (`NBD_OPT_STARTTLS`), extended headers, oldstyle negotiation, resizing, accept loops
 //! and threads. The protocol is that of NBD `doc/proto.md`; where it leaves a choice, the place
@@ -28,6 +28,7 @@ mod export;
 mod handshake;
 mod meta;
 mod options;
+mod overlays;
 pub mod proto;
 mod reply;
 mod request;
@@ -41,6 +42,7 @@ pub use connection::{Connection, Limits};
 pub use error::Error;
 pub use export::{Context, Errno, Export, ExportError, ExportInfo, Exports, Listing, Refusal, ZeroMode};
 pub use handshake::Session;
+pub use overlays::OverlayExport;
 pub use socket::{Socket, SocketHalf};
 pub use status::{Extent, Extents, Status};
 pub use stream::{ReadHalf, WriteHalf};

@@ -97,10 +97,13 @@ impl<S: Storage> Export for ViewExport<S> {
 }
 
 /// The engine's error for a client: a lost snapshot says why.
-fn explain(error: cow_engine::Error) -> ExportError {
+pub(crate) fn explain(error: cow_engine::Error) -> ExportError {
     let errno = match error {
-        cow_engine::Error::SnapshotDeleted { .. } => Errno::Shutdown,
+        cow_engine::Error::SnapshotDeleted { .. } | cow_engine::Error::OverlayClosed { .. } => {
+            Errno::Shutdown
+        }
         cow_engine::Error::NotTracked { .. } => Errno::NotSup,
+        _ if error.is_out_of_space() => Errno::NoSpc,
         _ => Errno::Io,
     };
     ExportError::new(errno, error.to_string())

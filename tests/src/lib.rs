@@ -5,7 +5,8 @@
 //! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
 //! - [`daemon`]: a daemon with disks in a temporary directory.
 //! - [`nbd`], [`qmp`]: clients that share no code with the daemon.
-//! - [`oracle`]: what a disk may answer; the judge of the simulation suite.
+//! - [`oracle`], [`overlay_oracle`]: what a disk and a writable view may answer; the judges of the simulation
+//!   suite.
 //! - [`scene`]: a daemon, guests and a backup program, for tests of snapshots.
 //! - [`server`]: starts the programs under test, bounds their lives, reads what they use.
 //! - [`stamped`]: a load whose data tells what a view may contain, and the judge of views.
@@ -22,6 +23,7 @@ pub mod histogram;
 pub mod load;
 pub mod nbd;
 pub mod oracle;
+pub mod overlay_oracle;
 pub mod qmp;
 pub mod random;
 #[allow(unsafe_code)]

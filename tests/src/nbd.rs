@@ -1,7 +1,7 @@
-//! A small NBD client that reads, written from the protocol and not from the server.
+//! A small NBD client, written from the protocol and not from the server.
 //!
 //! Source: NBD `doc/proto.md`: fixed newstyle negotiation, `NBD_OPT_GO`, simple replies.
-//! Always: no call waits longer than [`PATIENCE`] for a byte. Absent: writes, structured replies and meta
+//! Always: no call waits longer than [`PATIENCE`] for a byte. Absent: structured replies and meta
 //! contexts; what changed is asked on the control socket.
 
 use std::collections::BTreeSet;
@@ -21,7 +21,15 @@ const OPTION_GO: u32 = 7;
 const REPLY_ACK: u32 = 1;
 const REPLY_INFO: u32 = 3;
 const FAILED: u32 = 1 << 31;
-const COMMAND_READ: u16 = 0;
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISCONNECT: u16 = 2;
+const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
+const WRITE_ZEROES: u16 = 6;
+
+/// The flag of a request that asks for an answer only when it is durable.
+pub const FUA: u16 = 1;
 
 /// Why there is no data.
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +38,8 @@ pub enum Error {
     /// The server does not give out this export; the option reply's type.
     #[error("the export is refused: {0:#x}")]
     Refused(u32),
-    /// A read failed with this errno of the protocol; `EIO` is 5.
-    #[error("a read failed: errno {0}")]
+    /// A request failed with this errno of the protocol; `EIO` is 5.
+    #[error("a request failed: errno {0}")]
     Errno(u32),
     /// The connection failed or ended.
     #[error("nbd: {0}")]
@@ -44,11 +52,12 @@ pub enum Error {
 /// A result with this module's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An export that is open for reading.
+/// An export that is open.
 #[derive(Debug)]
 pub struct Nbd {
     stream: UnixStream,
     size: u64,
+    flags: u16,
 }
 
 impl Nbd {
@@ -60,7 +69,7 @@ impl Nbd {
         let stream = reach(path)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        let mut client = Self { stream, size: 0 };
+        let mut client = Self { stream, size: 0, flags: 0 };
         let greeting: [u8; 18] = client.take()?;
         if greeting[..16] != *b"NBDMAGICIHAVEOPT" {
             return Err(Error::Protocol("the greeting"));
@@ -87,7 +96,10 @@ impl Nbd {
             self.stream.read_exact(&mut body)?;
             match kind {
                 REPLY_ACK => return Ok(()),
-                REPLY_INFO if body.len() == 12 && body[..2] == [0, 0] => self.size = be64(&body[2..]),
+                REPLY_INFO if body.len() == 12 && body[..2] == [0, 0] => {
+                    self.size = be64(&body[2..]);
+                    self.flags = u16::from_be_bytes([body[10], body[11]]);
+                }
                 REPLY_INFO => {}
                 kind if kind & FAILED != 0 => return Err(Error::Refused(kind)),
                 _ => return Err(Error::Protocol("an option reply")),
@@ -98,6 +110,53 @@ impl Nbd {
     /// Bytes of the export.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Its transmission flags.
+    pub fn flags(&self) -> u16 {
+        self.flags
+    }
+
+    /// Writes `data` at `offset`, with [`FUA`] or without.
+    ///
+    /// # Errors
+    /// [`Error::Errno`] if the server answers that it cannot.
+    pub fn write(&mut self, offset: u64, data: &[u8], flags: u16) -> Result<()> {
+        let len = u32::try_from(data.len()).map_err(|_| Error::Protocol("so long a write"))?;
+        self.change(WRITE, flags, offset, len, data)
+    }
+
+    /// Zeros `len` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Errno`] if the server answers that it cannot.
+    pub fn write_zeroes(&mut self, offset: u64, len: u32) -> Result<()> {
+        self.change(WRITE_ZEROES, 0, offset, len, &[])
+    }
+
+    /// Gives `len` bytes from `offset` on back.
+    ///
+    /// # Errors
+    /// [`Error::Errno`] if the server answers that it cannot.
+    pub fn trim(&mut self, offset: u64, len: u32) -> Result<()> {
+        self.change(TRIM, 0, offset, len, &[])
+    }
+
+    /// Makes all answered writes durable.
+    ///
+    /// # Errors
+    /// [`Error::Errno`] if the server answers that it cannot.
+    pub fn flush(&mut self) -> Result<()> {
+        self.change(FLUSH, 0, 0, 0, &[])
+    }
+
+    fn change(&mut self, command: u16, flags: u16, offset: u64, len: u32, data: &[u8]) -> Result<()> {
+        self.send(command, flags, offset, len)?;
+        self.stream.write_all(data)?;
+        match self.answer()? {
+            cookie if cookie == offset => Ok(()),
+            _ => Err(Error::Protocol("a reply to nothing")),
+        }
     }
 
     /// Reads `len` bytes from `offset` on.
@@ -141,11 +200,15 @@ impl Nbd {
         Ok(data)
     }
 
-    /// Sends a read; its cookie is its offset.
     fn ask(&mut self, offset: u64, len: u32) -> Result<()> {
+        self.send(READ, 0, offset, len)
+    }
+
+    /// Sends a request's head; its cookie is its offset.
+    fn send(&mut self, command: u16, flags: u16, offset: u64, len: u32) -> Result<()> {
         let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
-        request.extend(0_u16.to_be_bytes());
-        request.extend(COMMAND_READ.to_be_bytes());
+        request.extend(flags.to_be_bytes());
+        request.extend(command.to_be_bytes());
         request.extend(offset.to_be_bytes());
         request.extend(offset.to_be_bytes());
         request.extend(len.to_be_bytes());
@@ -168,6 +231,13 @@ impl Nbd {
         let mut bytes = [0; N];
         self.stream.read_exact(&mut bytes)?;
         Ok(bytes)
+    }
+}
+
+impl Drop for Nbd {
+    fn drop(&mut self) {
+        // A server that is gone does not mind.
+        let _ = self.send(DISCONNECT, 0, 0, 0);
     }
 }
 

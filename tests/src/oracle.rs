@@ -68,7 +68,7 @@ fn stamp_of(disk: usize, sector: u64, number: Stamp) -> [u8; STAMP] {
 }
 
 /// The stamp in a sector's bytes, or what is wrong with them.
-fn read_stamp(disk: usize, sector: u64, bytes: &[u8]) -> Result<Stamp, String> {
+pub(crate) fn read_stamp(disk: usize, sector: u64, bytes: &[u8]) -> Result<Stamp, String> {
     if bytes.iter().all(|&byte| byte == 0) {
         return Ok(0);
     }

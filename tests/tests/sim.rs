@@ -1,8 +1,8 @@
 //! The engine on a simulated host: random work, crashes and faults, judged by the oracle.
 //!
 //! A seed makes a host, one or two disks and a way of working, then some rounds of: open (perhaps cut
-//! off, perhaps several times), judge what is there, work with several queues, an administrator and
-//! readers until a crash at a random step or a clean close. At the end all snapshots are deleted, and
+//! off, perhaps several times), judge what is there, work with several queues, an administrator,
+//! readers and users of overlays until a crash at a random step or a clean close. At the end all snapshots are deleted, and
 //! none of their files may be left.
 //!
 //! `SEED=n` runs one seed, `SEED=<commit>` as many as usual from a place of its own, `SEEDS=n` as many
@@ -10,6 +10,8 @@
 
 #![forbid(unsafe_code)]
 
+#[path = "sim/overlays.rs"]
+mod overlays;
 #[path = "sim/rig.rs"]
 mod rig;
 #[path = "sim/work.rs"]
@@ -89,6 +91,12 @@ fn starts_and_stops_are_cut_off_anywhere() {
 fn faults_break_snapshots_and_nothing_else() {
     let profile = Profile { power: 4, faults: true, ..Profile::STRICT };
     suite("faults_break_snapshots_and_nothing_else", 4_000_000, profile);
+}
+
+#[test]
+fn overlays_keep_what_was_written_to_them_and_nothing_else() {
+    let profile = Profile { power: 2, overlays: true, ..Profile::STRICT };
+    suite("overlays_keep_what_was_written_to_them_and_nothing_else", 8_000_000, profile);
 }
 
 /// A medium that breaks its promises must be noticed, or the net has a hole.

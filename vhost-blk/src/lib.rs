@@ -20,6 +20,7 @@ mod faults;
 #[allow(unsafe_code)]
 mod guest_mem;
 mod options;
+mod overlay;
 mod request;
 #[allow(unsafe_code)]
 mod ring;

@@ -29,6 +29,15 @@ pub(super) fn check_nbd_text(argument: &str, text: &str) -> Result<(), CommandEr
     Err(bad_argument(argument, "at most 4096 bytes without control characters"))
 }
 
+/// unix(7): an address holds 108 bytes, the last of which ends the path.
+pub(super) fn check_socket(argument: &str, path: Option<&str>) -> Result<(), CommandError> {
+    let Some(path) = path else { return Ok(()) };
+    if (1..108).contains(&path.len()) && path.starts_with('/') && !path.chars().any(char::is_control) {
+        return Ok(());
+    }
+    Err(bad_argument(argument, "an absolute path of at most 107 bytes without control characters"))
+}
+
 pub(super) fn check_disks(disks: Option<&[String]>) -> Result<(), CommandError> {
     let Some(disks) = disks else { return Ok(()) };
     let distinct: BTreeSet<_> = disks.iter().collect();
@@ -38,7 +47,7 @@ pub(super) fn check_disks(disks: Option<&[String]>) -> Result<(), CommandError> 
     Err(bad_argument("disks", "at least one disk, none of them twice; leave it out to mean all"))
 }
 
-fn bad_argument(argument: &str, expected: &str) -> CommandError {
+pub(super) fn bad_argument(argument: &str, expected: &str) -> CommandError {
     CommandError::generic(reason::BAD_ARGUMENT, format!("Parameter '{argument}' expects {expected}"))
 }
 

@@ -1,4 +1,4 @@
-//! NBD exports of snapshots.
+//! NBD exports of snapshots and of their overlays.
 
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,9 @@ pub struct ExportInfo {
     /// The snapshot it shows; absent for the live disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
+    /// The overlay of the snapshot that it shows, if it can be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<String>,
     /// The `NAME` of each `qemu:dirty-bitmap:NAME` context it has.
     #[serde(default)]
     pub bitmaps: Vec<String>,

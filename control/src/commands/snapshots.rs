@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::checks::{check_disks, check_name};
-use super::{Command, Timestamp};
+use super::{Command, OverlayInfo, Timestamp};
 use crate::service::CommandError;
 
 /// Freezes disks at one instant.
@@ -125,6 +125,9 @@ pub struct SnapshotInfo {
     /// Names of the NBD exports that read it.
     #[serde(default)]
     pub exports: Vec<String>,
+    /// What stands on it, in the order of opening. It cannot be deleted before they are closed.
+    #[serde(default)]
+    pub overlays: Vec<OverlayInfo>,
 }
 
 /// Whether a snapshot can be read.

@@ -44,7 +44,7 @@ archive  10 GiB  rw    -          off: new-disk          2  4.8 KiB  1.5 MiB    
 
 #[test]
 fn a_broken_snapshot_says_why() {
-    let snapshot = SnapshotInfo {
+    let mut snapshot = SnapshotInfo {
         name: "s1".to_owned(),
         disk: "vda".to_owned(),
         change_id: "g/1".to_owned(),
@@ -54,12 +54,43 @@ fn a_broken_snapshot_says_why() {
         reason: Some("store-full".to_owned()),
         held: 0,
         exports: vec!["a".to_owned(), "b".to_owned()],
+        overlays: Vec::new(),
     };
     let expected = "\
 SNAPSHOT  DISK  CREATED                SIZE  HELD  STATE               CHANGE ID  EXPORTS
 s1        vda   2026-11-22 15:51:12Z  1 GiB   0 B  broken: store-full  g/1        a,b
 ";
-    assert_eq!(snapshots(&[snapshot]), expected);
+    assert_eq!(snapshots(&[snapshot.clone()]), expected);
+    snapshot.overlays.push(overlay());
+    let expected = "
+OVERLAY  SNAPSHOT  DISK    USED  KEEP  CLIENTS  FRONT END  EXPORT         SOCKET
+repair   s1        vda   12 KiB  yes         1  connected  vda@s1/repair  /run/r
+";
+    assert!(snapshots(&[snapshot]).ends_with(expected));
+}
+
+fn overlay() -> OverlayInfo {
+    OverlayInfo {
+        disk: "vda".to_owned(),
+        snapshot: "s1".to_owned(),
+        name: "repair".to_owned(),
+        size: 1 << 30,
+        used: 12_288,
+        keep: true,
+        export: Some("vda@s1/repair".to_owned()),
+        uri: Some("nbd+unix:///vda@s1/repair?socket=/run/n".to_owned()),
+        clients: 1,
+        socket: Some("/run/r".to_owned()),
+        connected: true,
+    }
+}
+
+#[test]
+fn an_opened_snapshot_says_where_it_is_reached() {
+    let mut overlay = overlay();
+    assert_eq!(overlay_opened(&overlay), "nbd+unix:///vda@s1/repair?socket=/run/n\n/run/r\n");
+    (overlay.uri, overlay.socket) = (None, None);
+    assert!(overlay_opened(&overlay).contains("no NBD server"));
 }
 
 #[test]
@@ -95,6 +126,7 @@ fn exports_show_where_to_reach_them() {
         name: String::new(),
         disk: "vda".to_owned(),
         snapshot: Some("s1".to_owned()),
+        overlay: None,
         bitmaps: Vec::new(),
         description: None,
         size: 1 << 20,

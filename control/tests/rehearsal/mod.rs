@@ -112,6 +112,7 @@ impl Service for Rehearsal {
                 reason: None,
                 held: 0,
                 exports: Vec::new(),
+                overlays: Vec::new(),
             });
             points.push(SnapshotPoint { disk, change_id, size: SIZE });
         }
@@ -139,6 +140,28 @@ impl Service for Rehearsal {
             ));
         }
         Ok(SnapshotDeleted { name: arguments.name, disks })
+    }
+
+    fn snapshot_open(&self, arguments: SnapshotOpen) -> Answer<OverlayInfo> {
+        self.snapshot(&arguments.disk, &arguments.snapshot)?;
+        Ok(OverlayInfo {
+            disk: arguments.disk,
+            snapshot: arguments.snapshot,
+            name: arguments.name,
+            size: SIZE,
+            used: 0,
+            keep: arguments.keep,
+            export: None,
+            uri: None,
+            clients: 0,
+            socket: arguments.socket,
+            connected: false,
+        })
+    }
+
+    fn snapshot_close(&self, arguments: SnapshotClose) -> Answer<Nothing> {
+        let text = format!("Snapshot '{}' has no overlay '{}'", arguments.snapshot, arguments.name);
+        Err(CommandError::not_found(reason::OVERLAY_NOT_FOUND, text))
     }
 
     fn query_snapshots(&self, arguments: QuerySnapshots) -> Answer<Vec<SnapshotInfo>> {

@@ -9,7 +9,9 @@ use cow_engine::cbt::BlockGrid;
 use cow_engine::sim::{Defect, FileKind, OpKind, Random, Rule, Sim, SimDir};
 use cow_engine::{Disk, DiskOptions, Error, OpenReport, group};
 use ebbtide_tests::oracle::{Fate, Oracle, SECTOR, stamp};
+use ebbtide_tests::overlay_oracle::OverlayOracle;
 
+use crate::overlays;
 use crate::work::{self, Mix, Shared, SimDisk};
 
 /// What a test looks for.
@@ -21,13 +23,16 @@ pub(crate) struct Profile {
     pub(crate) faults: bool,
     /// Opening and closing are cut off more often than not, and block sizes change.
     pub(crate) restless: bool,
+    /// Overlays are used more than the disks below them.
+    pub(crate) overlays: bool,
     /// What is wrong with the medium.
     pub(crate) defect: Option<Defect>,
 }
 
 impl Profile {
     /// Nothing fails but by crashes, half of them power cuts.
-    pub(crate) const STRICT: Self = Self { power: 3, faults: false, restless: false, defect: None };
+    pub(crate) const STRICT: Self =
+        Self { power: 3, faults: false, restless: false, overlays: false, defect: None };
 }
 
 /// How sure it is that a disk was closed in order.
@@ -136,6 +141,8 @@ impl<'a> Rig<'a> {
         let shared = Rc::new(Shared {
             io: sim.storage(),
             oracle: RefCell::new(oracle),
+            overlays: RefCell::new(OverlayOracle::default()),
+            closing: Cell::new(false),
             failed_syncs: images.iter().map(|_| Cell::new(0)).collect(),
             images,
             spots,
@@ -172,11 +179,12 @@ impl<'a> Rig<'a> {
         } else {
             self.sim.kill();
         }
-        self.shared.oracle.borrow_mut().crash();
+        self.shared.crash();
     }
 
     /// Opens all disks, however often it is cut off.
     fn open(&mut self) -> Vec<SimDisk> {
+        self.shared.closing.set(false);
         loop {
             let blocks: Vec<u64> = self.specs.iter().map(|spec| *self.random.pick(&spec.blocks)).collect();
             let faulty = self.profile.faults && self.random.one_in(4);
@@ -193,7 +201,7 @@ impl<'a> Rig<'a> {
                     // A failure of the life before may be told to this one.
                     assert!(self.profile.faults, "opening: {error:?}");
                     self.sim.kill();
-                    self.shared.oracle.borrow_mut().crash();
+                    self.shared.crash();
                 }
                 None => self.crash(),
             }
@@ -258,6 +266,14 @@ impl<'a> Rig<'a> {
                 let known = known.iter().any(|&group| oracle.groups[group].name == snapshot.name());
                 assert!(known, "disk {at}: snapshot {} was not expected", snapshot.name());
             }
+            let must = if lost {
+                overlays::Kept::Never
+            } else if perhaps || self.profile.faults {
+                overlays::Kept::Perhaps
+            } else {
+                overlays::Kept::Always
+            };
+            overlays::opened(&self.shared, &mut oracle, at, disk, must);
         }
         let power = self.specs.iter().any(|spec| spec.power);
         if let Err(what) = oracle.check_whole(!power && !self.profile.faults) {
@@ -316,7 +332,11 @@ impl<'a> Rig<'a> {
         };
         let random = &mut self.random;
         for (at, disk) in disks.iter().enumerate() {
-            let queues = if random.one_in(4) { random.within(4..9) } else { random.within(1..5) };
+            let queues = match self.profile.overlays {
+                true => 1,
+                false if random.one_in(4) => random.within(4..9),
+                false => random.within(1..5),
+            };
             for _ in 0..queues {
                 let (own, requests) = (Random::new(random.bits()), random.within(10..80));
                 let queue = work::queue(
@@ -330,6 +350,11 @@ impl<'a> Rig<'a> {
                 );
                 spawn(Box::pin(queue));
             }
+        }
+        let users = if self.profile.overlays { random.within(3..9) } else { random.within(0..4) };
+        for _ in 0..users {
+            let (own, requests) = (Random::new(random.bits()), random.within(10..60));
+            spawn(Box::pin(overlays::user(shared.clone(), disks.to_vec(), own, requests)));
         }
         let (own, commands) = (Random::new(random.bits()), random.within(1..14));
         spawn(Box::pin(work::administrator(shared.clone(), disks.to_vec(), own, commands)));
@@ -350,6 +375,7 @@ impl<'a> Rig<'a> {
         self.at("closing", limit);
         let states: Rc<RefCell<Vec<Clean>>> = Rc::new(RefCell::new(vec![Clean::No; disks.len()]));
         let (shared, closing) = (self.shared.clone(), states.clone());
+        self.shared.closing.set(true);
         // A guest that does not know waits at the gate for ever.
         if self.random.one_in(2) {
             for (at, disk) in disks.iter().enumerate() {
@@ -357,6 +383,8 @@ impl<'a> Rig<'a> {
                 let (disk, lane) = (disk.clone(), disk.lane());
                 self.sim.spawn(work::queue(shared.clone(), at, disk, lane, own, self.mix.clone(), 20));
             }
+            let own = Random::new(self.random.bits());
+            self.sim.spawn(overlays::user(shared.clone(), disks.clone(), own, 20));
         }
         let done = self.sim.run(
             async move {
@@ -392,7 +420,7 @@ impl<'a> Rig<'a> {
             0 => self.crash(),
             1 => {
                 self.sim.kill();
-                self.shared.oracle.borrow_mut().crash();
+                self.shared.crash();
                 let at = self.random.index(self.specs.len());
                 if self.specs[at].clean == Clean::Yes {
                     self.edit(at);
@@ -400,7 +428,7 @@ impl<'a> Rig<'a> {
             }
             _ => {
                 self.sim.kill();
-                self.shared.oracle.borrow_mut().crash();
+                self.shared.crash();
             }
         }
     }
@@ -428,6 +456,10 @@ impl<'a> Rig<'a> {
         let ended = self.sim.run(
             async move {
                 for disk in held {
+                    for overlay in disk.overlays() {
+                        let snapshot = overlay.view().snapshot().name().to_owned();
+                        disk.close_overlay(&io, &snapshot, overlay.name()).expect("no faults now");
+                    }
                     let mut names: Vec<String> =
                         disk.snapshots().iter().map(|snapshot| snapshot.name().to_owned()).collect();
                     random.shuffle(&mut names);

@@ -2,6 +2,7 @@
 //! everything that is there when nothing is done.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,6 +13,9 @@ use cow_engine::memory::{Source, Target};
 use cow_engine::sim::{Random, SimFile, SimStorage};
 use cow_engine::{Disk, Durability, Error, Lane, View, Zeroing, group};
 use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
+use ebbtide_tests::overlay_oracle::OverlayOracle;
+
+use crate::overlays;
 
 pub(crate) type SimDisk = Arc<Disk<SimStorage>>;
 
@@ -19,6 +23,9 @@ pub(crate) type SimDisk = Arc<Disk<SimStorage>>;
 pub(crate) struct Shared {
     pub(crate) io: SimStorage,
     pub(crate) oracle: RefCell<Oracle>,
+    pub(crate) overlays: RefCell<OverlayOracle>,
+    /// The disks are being closed: overlays that are not kept may be gone.
+    pub(crate) closing: Cell<bool>,
     pub(crate) images: Vec<SimFile>,
     /// Places where much happens, per disk, in sectors.
     pub(crate) spots: Vec<Vec<u64>>,
@@ -54,11 +61,17 @@ impl Shared {
         }
     }
 
+    /// Everything in flight was cut off.
+    pub(crate) fn crash(&self) {
+        self.oracle.borrow_mut().crash();
+        self.overlays.borrow_mut().crash();
+    }
+
     fn sectors(&self, disk: usize) -> u64 {
         self.oracle.borrow().disks[disk].capacity / SECTOR as u64
     }
 
-    fn range(&self, disk: usize, random: &mut Random, long: u64) -> Range<u64> {
+    pub(crate) fn range(&self, disk: usize, random: &mut Random, long: u64) -> Range<u64> {
         let sectors = self.sectors(disk);
         let len = match random.below(12) {
             _ if random.one_in(long) => random.within(64..2500),
@@ -76,35 +89,35 @@ impl Shared {
         start..start + len
     }
 
-    fn is_dead(&self) -> bool {
+    pub(crate) fn is_dead(&self) -> bool {
         self.io.is_dead()
     }
 
-    fn allow(&self, what: &str, error: &Error) {
+    pub(crate) fn allow(&self, what: &str, error: &Error) {
         if self.strict {
             let source = std::error::Error::source(error).map(ToString::to_string);
             panic!("{what}: {error}: {}", source.unwrap_or_default());
         }
     }
 
-    async fn pause(&self, random: &mut Random, most: u64) {
+    pub(crate) async fn pause(&self, random: &mut Random, most: u64) {
         for _ in 0..random.below(most) {
             self.io.turn().await;
         }
     }
 }
 
-fn judge(verdict: ebbtide_tests::oracle::Verdict) {
+pub(crate) fn judge(verdict: ebbtide_tests::oracle::Verdict) {
     if let Err(what) = verdict {
         panic!("{what}");
     }
 }
 
-fn bytes_of(sectors: &Range<u64>) -> ByteRange {
+pub(crate) fn bytes_of(sectors: &Range<u64>) -> ByteRange {
     ByteRange::new(sectors.start * SECTOR as u64, sectors.end * SECTOR as u64)
 }
 
-fn buffer(range: ByteRange) -> Vec<u8> {
+pub(crate) fn buffer(range: ByteRange) -> Vec<u8> {
     vec![0xee; usize::try_from(range.len()).expect("a small range")]
 }
 
@@ -248,6 +261,8 @@ pub(crate) async fn administrator(
         };
         if random.one_in(2) {
             maintain(&shared, &mut admin, &disks, &mut random).await;
+        } else if random.one_in(3) {
+            overlays::command(&shared, &disks, &mut random).await;
         } else if held.is_empty() || (held.len() as u64) < most_held && !random.one_in(4) {
             create(&shared, &mut admin, &disks, &mut random).await;
         } else {
@@ -308,8 +323,17 @@ async fn delete(shared: &Shared, disks: &[SimDisk], group: usize, disk: usize) {
         oracle.member(group, disk).fate = Fate::Deleting;
         oracle.groups[group].name.clone()
     };
+    let used = overlays::is_used(shared, group, disk);
     let answer = disks[disk].delete_snapshot(&shared.io, &name).await;
     if shared.is_dead() {
+        return;
+    }
+    if used {
+        assert!(
+            matches!(answer, Err(Error::SnapshotInUse { .. })),
+            "snapshot {name} has overlays: {answer:?}"
+        );
+        shared.oracle.borrow_mut().member(group, disk).fate = Fate::Held;
         return;
     }
     let fate = match answer {
@@ -439,8 +463,18 @@ async fn some_changes(
 
 /// Ranges that were ever touched, and some others, with what lies close between joined.
 fn interesting(shared: &Shared, at: usize, random: &mut Random) -> Vec<ByteRange> {
+    let grains = shared.oracle.borrow().touched(at);
+    with_others(shared, at, grains, random)
+}
+
+/// The ranges of `grains` of a disk, and some others, with what lies close between joined.
+pub(crate) fn with_others(
+    shared: &Shared,
+    at: usize,
+    mut grains: BTreeSet<u64>,
+    random: &mut Random,
+) -> Vec<ByteRange> {
     let capacity = shared.oracle.borrow().disks[at].capacity;
-    let mut grains = shared.oracle.borrow().touched(at);
     grains.extend((0..6).map(|_| random.below(capacity.div_ceil(GRAIN))));
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for grain in grains {
@@ -478,6 +512,7 @@ pub(crate) async fn judge_all(shared: Rc<Shared>, disks: Vec<SimDisk>, mut rando
             }
         }
     }
+    overlays::judge_all(&shared, &disks, &mut random).await;
     for group in groups {
         judge(shared.oracle.borrow().check_instant(group));
     }

@@ -195,7 +195,7 @@ fn compare(options: &Options) -> Result<()> {
     }
     snapshots::rest(&bench, options, &mut results);
     let mut costs = Vec::new();
-    for row in rows.iter().filter(|row| row.depth == 32 && options.wants(Contender::Untracked)) {
+    for row in rows.iter().filter(|row| is_tracked(row) && options.wants(Contender::Untracked)) {
         match tracking::measure(&bench, options, row) {
             Ok(cost) => costs.push((row.name.clone(), cost)),
             Err(error) => results.failures.push(format!("tracking, {}: {error:#}", row.name)),
@@ -225,6 +225,11 @@ fn compare(options: &Options) -> Result<()> {
     }
     ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
     Ok(())
+}
+
+/// Whether tracking has something to do that could be measured.
+fn is_tracked(row: &Row) -> bool {
+    row.depth == 32 && row.mix == "write"
 }
 
 fn record(cells: &mut Cells, row: &str, column: &str, outcome: Outcome) {

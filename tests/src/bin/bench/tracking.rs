@@ -14,10 +14,10 @@ use crate::contender::{Bench, Contender};
 use crate::{Options, Row};
 
 /// Pairs for each of the main table's rounds.
-const PAIRS_PER_ROUND: usize = 5;
+const PAIRS_PER_ROUND: usize = 20;
 
 /// Seconds of one measurement.
-const SECONDS: f64 = 0.5;
+const SECONDS: f64 = 0.4;
 
 /// The share of something that tracking costs, of all pairs, ascending.
 #[derive(Clone, Debug, Default, serde::Serialize)]

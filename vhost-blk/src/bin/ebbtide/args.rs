@@ -65,7 +65,7 @@ pub(crate) enum Command {
     Serve(Serve),
     /// List the disks of a running daemon
     Disks(Query),
-    /// Take, list and delete snapshots
+    /// Take, list and delete snapshots, and open them for writing
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
     /// List what changed between an older instant and a snapshot
@@ -121,6 +121,39 @@ pub(crate) enum SnapshotCommand {
         /// Of this disk only
         #[arg(long, value_name = "NAME")]
         disk: Option<String>,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Open a snapshot for writing: as an NBD export, and on a vhost-user socket if one is named
+    Open {
+        /// The snapshot's name
+        snapshot: String,
+        /// A name for what is written to it
+        name: String,
+        /// The disk
+        #[arg(long, value_name = "NAME")]
+        disk: String,
+        /// Keep it when the daemon ends
+        #[arg(long)]
+        keep: bool,
+        /// Serve it to a virtual machine on this socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Close a snapshot that was opened for writing, and discard what was written
+    Close {
+        /// The snapshot's name
+        snapshot: String,
+        /// The name that it was opened with
+        name: String,
+        /// The disk
+        #[arg(long, value_name = "NAME")]
+        disk: String,
+        /// Also while a front end is connected
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         query: Query,
     },

@@ -1,7 +1,8 @@
-//! Which NBD exports there are: one for every snapshot, and those that were added by name.
+//! Which NBD exports there are: one for every snapshot and every overlay, and those that were added by name.
 //!
 //! `DISK@SNAPSHOT` exists for as long as its snapshot does, with a bitmap for every older snapshot of the
-//! same history. An added export has exactly one bitmap or none, for clients that refuse more
+//! same history, and `DISK@SNAPSHOT/OVERLAY` for as long as the overlay, without bitmaps and to be written
+//! (names have no `/`, so none is taken for another). An added export has exactly one bitmap or none, for clients that refuse more
 //! (ovirt-imageio). Absent: sockets; [`crate::nbd`] serves what is here.
 
 use std::collections::{BTreeMap, HashMap};
@@ -12,11 +13,14 @@ use control::commands::{ExportInfo, NbdExportAdd};
 use control::service::reason;
 use control::{CommandError, service::Answer};
 use cow_engine::host::HostStorage;
-use cow_engine::{Disk, Snapshot, View};
-use nbd_export::{Base, Exports, Listing, Refusal, ViewExport};
+use cow_engine::{Disk, Overlay, Snapshot, View};
+use nbd_export::{Base, Exports, Listing, OverlayExport, Refusal, ViewExport};
+
+use crate::offered::Offered;
 
 type HostDisk = Disk<HostStorage>;
 type HostSnapshot = Snapshot<HostStorage>;
+type HostOverlay = Overlay<HostStorage>;
 
 /// An export that was added.
 #[derive(Clone, Debug)]
@@ -31,6 +35,7 @@ struct Added {
 struct Shown {
     disk: Arc<HostDisk>,
     snapshot: Arc<HostSnapshot>,
+    overlay: Option<HostOverlay>,
     bases: Vec<Base>,
     description: String,
 }
@@ -98,6 +103,7 @@ impl Catalog {
             if wanted.name.is_empty()
                 || added.contains_key(&wanted.name)
                 || self.automatic(&wanted.name).is_some()
+                || self.overlay(&wanted.name).is_some()
             {
                 let text = format!("There is an export '{}' already", wanted.name);
                 return Err(CommandError::generic(reason::EXPORT_EXISTS, text));
@@ -116,7 +122,21 @@ impl Catalog {
             let text = format!("The export '{name}' belongs to its snapshot: delete that");
             return Err(CommandError::generic(reason::BAD_ARGUMENT, text));
         }
+        if self.overlay(name).is_some() {
+            let text = format!("The export '{name}' belongs to its overlay: close that");
+            return Err(CommandError::generic(reason::BAD_ARGUMENT, text));
+        }
         Err(no_export(name))
+    }
+
+    /// Whether an export of this name was added.
+    pub(crate) fn is_added(&self, name: &str) -> bool {
+        self.added().contains_key(name)
+    }
+
+    /// Clients of an export.
+    pub(crate) fn clients_of(&self, name: &str) -> u32 {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied().unwrap_or(0)
     }
 
     /// Forgets the added exports of a snapshot that was deleted.
@@ -142,7 +162,6 @@ impl Catalog {
 
     fn info(&self, name: &str) -> Option<ExportInfo> {
         let shown = self.show(name)?;
-        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         Some(ExportInfo {
             name: name.to_owned(),
             disk: shown.disk.name().to_owned(),
@@ -150,13 +169,15 @@ impl Catalog {
             bitmaps: shown.bases.into_iter().map(|base| base.name).collect(),
             description: Some(shown.description),
             size: shown.snapshot.capacity(),
-            read_only: true,
-            clients: clients.get(name).copied().unwrap_or(0),
+            read_only: shown.overlay.is_none(),
+            overlay: shown.overlay.map(|overlay| overlay.name().to_owned()),
+            clients: self.clients_of(name),
             uri: self.uri(name),
         })
     }
 
-    fn uri(&self, export: &str) -> String {
+    /// Where clients reach an export.
+    pub(crate) fn uri(&self, export: &str) -> String {
         match (&self.socket, self.tcp) {
             (Some(path), _) => {
                 format!("nbd+unix:///{}?socket={}", escape(export), escape(&path.display().to_string()))
@@ -172,17 +193,29 @@ impl Catalog {
             let disk = self.disk(&added.disk)?.clone();
             let snapshot = disk.snapshot(&added.snapshot).ok()?;
             let description = added.description.unwrap_or_else(|| describe(&disk, &snapshot));
-            return Some(Shown { disk, snapshot, bases: added.bitmap.into_iter().collect(), description });
+            let bases = added.bitmap.into_iter().collect();
+            return Some(Shown { disk, snapshot, overlay: None, bases, description });
+        }
+        if let Some(overlay) = self.overlay(name) {
+            let (disk, snapshot) = (overlay.view().disk().clone(), overlay.view().snapshot().clone());
+            let description = describe_overlay(&overlay);
+            return Some(Shown { disk, snapshot, overlay: Some(overlay), bases: Vec::new(), description });
         }
         let (disk, snapshot) = self.automatic(name)?;
         let (bases, description) = (bases(&disk, &snapshot), describe(&disk, &snapshot));
-        Some(Shown { disk, snapshot, bases, description })
+        Some(Shown { disk, snapshot, overlay: None, bases, description })
     }
 
     fn automatic(&self, name: &str) -> Option<(Arc<HostDisk>, Arc<HostSnapshot>)> {
         let (disk, snapshot) = name.split_once('@')?;
         let disk = self.disk(disk)?;
         Some((disk.clone(), disk.snapshot(snapshot).ok()?))
+    }
+
+    fn overlay(&self, name: &str) -> Option<HostOverlay> {
+        let (disk, rest) = name.split_once('@')?;
+        let (snapshot, overlay) = rest.split_once('/')?;
+        self.disk(disk)?.overlay(snapshot, overlay).ok()
     }
 
     fn added(&self) -> MutexGuard<'_, BTreeMap<String, Added>> {
@@ -222,12 +255,16 @@ pub(crate) struct Offer {
 }
 
 impl Exports for Offer {
-    type Export = ViewExport<HostStorage>;
+    type Export = Offered;
 
     async fn find(&self, name: &str) -> Result<Self::Export, Refusal> {
         let shown = self.catalog.show(name).ok_or(Refusal::Unknown)?;
+        let io = self.io.clone();
+        if let Some(overlay) = shown.overlay {
+            return Ok(Offered::Overlay(OverlayExport::new(io, overlay, name, &shown.description)));
+        }
         let view = View::new(shown.disk, shown.snapshot);
-        Ok(ViewExport::new(self.io.clone(), view, name, &shown.description, shown.bases))
+        Ok(Offered::View(ViewExport::new(io, view, name, &shown.description, shown.bases)))
     }
 
     fn list(&self) -> Vec<Listing> {
@@ -247,7 +284,12 @@ impl Catalog {
                 description: describe(disk, &snapshot),
             })
         });
-        let mut all: Vec<_> = automatic.collect();
+        let overlays = self.disks.iter().flat_map(|disk| disk.overlays());
+        let overlays = overlays.map(|overlay| Listing {
+            name: overlay_export(&overlay),
+            description: describe_overlay(&overlay),
+        });
+        let mut all: Vec<_> = automatic.chain(overlays).collect();
         let names: Vec<String> = self.added().keys().cloned().collect();
         all.extend(names.into_iter().filter_map(|name| {
             let description = self.show(&name)?.description;
@@ -281,6 +323,16 @@ fn bases(disk: &HostDisk, snapshot: &HostSnapshot) -> Vec<Base> {
 
 fn automatic_name(disk: &str, snapshot: &str) -> String {
     format!("{disk}@{snapshot}")
+}
+
+/// The name of an overlay's export.
+pub(crate) fn overlay_export(overlay: &HostOverlay) -> String {
+    let view = overlay.view();
+    format!("{}@{}/{}", view.disk().name(), view.snapshot().name(), overlay.name())
+}
+
+fn describe_overlay(overlay: &HostOverlay) -> String {
+    format!("{}, to be written", describe(overlay.view().disk(), overlay.view().snapshot()))
 }
 
 fn describe(disk: &HostDisk, snapshot: &HostSnapshot) -> String {

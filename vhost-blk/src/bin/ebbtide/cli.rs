@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use control::commands::{
     Command as Verb, NbdExportAdd, NbdExportDel, PageLimit, QueryChangedBlocks, QueryDisks, QueryExports,
-    QuerySnapshots, QueryStatus, SnapshotCreate, SnapshotDelete,
+    QuerySnapshots, QueryStatus, SnapshotClose, SnapshotCreate, SnapshotDelete, SnapshotOpen,
 };
 use control::{Client, ClientError, paths, render};
 use serde::Serialize;
@@ -48,6 +48,16 @@ fn answer(command: Command) -> Result<String, ClientError> {
         }
         Command::Snapshot(SnapshotCommand::List { disk, query }) => {
             call(&query, &QuerySnapshots { disk }, |all| render::snapshots(all))
+        }
+        Command::Snapshot(SnapshotCommand::Open { snapshot, name, disk, keep, socket, query }) => {
+            // The daemon has another working directory.
+            let socket = socket.map(|path| std::path::absolute(&path).unwrap_or(path).display().to_string());
+            let verb = SnapshotOpen { disk, snapshot, name, writable: true, keep, socket };
+            call(&query, &verb, render::overlay_opened)
+        }
+        Command::Snapshot(SnapshotCommand::Close { snapshot, name, disk, force, query }) => {
+            let text = format!("Closed {name} of {snapshot} of {disk}\n");
+            call(&query, &SnapshotClose { disk, snapshot, name, force }, |_| text)
         }
         Command::Snapshot(SnapshotCommand::Delete { name, disks, query }) => {
             call(&query, &SnapshotDelete { name, disks: some(disks) }, |done| {

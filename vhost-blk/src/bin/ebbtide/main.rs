@@ -13,6 +13,8 @@ mod descriptor;
 mod disk_spec;
 mod maintenance;
 mod nbd;
+mod offered;
+mod overlays;
 mod serve;
 mod service;
 mod stop;

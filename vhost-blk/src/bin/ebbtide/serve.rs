@@ -24,6 +24,7 @@ use crate::catalog::Catalog;
 use crate::disk_spec::DiskSpec;
 use crate::maintenance::Upkeep;
 use crate::nbd::NbdServer;
+use crate::overlays::Overlays;
 use crate::service::ControlService;
 use crate::stop::Stop;
 
@@ -130,10 +131,13 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     };
     let disks = Arc::new(disks);
     let upkeep = Upkeep::new();
+    let overlays = Arc::new(Overlays::new(disks.clone(), catalog.clone(), hub.clone()));
+    overlays.resume();
     let service = ControlService {
         disks: disks.clone(),
         upkeep: upkeep.clone(),
         catalog,
+        overlays: overlays.clone(),
         hub: hub.clone(),
         stop: stop.clone(),
         started: Instant::now(),
@@ -165,6 +169,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     }
     nbd.stop();
     drop(maintenance);
+    overlays.stop();
     for path in created.iter().chain(&plan.doors.nbd) {
         let _ = std::fs::remove_file(path);
     }
@@ -260,6 +265,9 @@ fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, h
     for (snapshot, reason) in &report.dropped {
         log::warn!("{name}: snapshot {snapshot} is lost: {reason}");
     }
+    for (overlay, reason) in &report.overlays_dropped {
+        log::warn!("{name}: overlay {overlay} is lost: {reason}");
+    }
     if let Some(reason) = &report.reset {
         let generation = disk.change_id().generation.to_string();
         if *reason != ResetReason::New {
@@ -274,7 +282,7 @@ fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, h
     }
 }
 
-fn device_options(spec: &DiskSpec) -> Options {
+pub(crate) fn device_options(spec: &DiskSpec) -> Options {
     Options {
         name: spec.name.clone(),
         queues: spec.queues,
@@ -358,7 +366,7 @@ fn boot_id() -> anyhow::Result<[u8; 16]> {
 }
 
 /// Listens on `path`, in place of a socket that nobody listens on any more.
-fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+pub(crate) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     let fail = || format!("cannot listen on {}", path.display());
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {

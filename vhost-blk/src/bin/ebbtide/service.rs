@@ -1,6 +1,6 @@
 //! The control plane's verbs, carried out on the engine.
 //!
-//! Invariant: verbs that change which snapshots there are run one at a time (by [`Upkeep`]);
+//! Invariant: verbs that change which snapshots and overlays there are run one at a time (by [`Upkeep`]);
 //! all others run beside them and beside each other.
 
 use std::sync::Arc;
@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use control::commands::{
     ChangedBlocks, ChangedRange, DiskInfo, ExportInfo, IoCounters, NbdExportAdd, NbdExportDel, Nothing,
-    QueryChangedBlocks, QueryDisks, QueryExports, QuerySnapshots, QueryStatus, RunState, Since,
-    SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotPoint,
-    SnapshotState, StatusInfo, Timestamp, TrackerInfo,
+    OverlayInfo, QueryChangedBlocks, QueryDisks, QueryExports, QuerySnapshots, QueryStatus, RunState, Since,
+    SnapshotClose, SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo,
+    SnapshotOpen, SnapshotPoint, SnapshotState, StatusInfo, Timestamp, TrackerInfo,
 };
 use control::service::{Answer, reason};
 use control::{CommandError, Event, EventHub, Service};
@@ -21,6 +21,7 @@ use cow_engine::{Disk, Error, Snapshot, View};
 
 use crate::catalog::{Catalog, no_disk};
 use crate::maintenance::Upkeep;
+use crate::overlays::Overlays;
 use crate::serve::Served;
 use crate::stop::Stop;
 
@@ -32,6 +33,7 @@ pub(crate) struct ControlService {
     pub(crate) disks: Arc<Vec<Served>>,
     pub(crate) upkeep: Upkeep,
     pub(crate) catalog: Arc<Catalog>,
+    pub(crate) overlays: Arc<Overlays>,
     pub(crate) hub: EventHub,
     pub(crate) stop: Stop,
     pub(crate) started: Instant,
@@ -115,7 +117,7 @@ impl Service for ControlService {
             return Err(CommandError::not_found(reason::SNAPSHOT_NOT_FOUND, text));
         }
         for disk in &disks {
-            disk.snapshot(&name).map_err(explain)?;
+            disk.check_deletable(&name).map_err(explain)?;
         }
         let mut deleted = Vec::new();
         let result = disks.iter().try_for_each(|disk| {
@@ -129,6 +131,16 @@ impl Service for ControlService {
             self.hub.post(&Event::SnapshotDeleted { name: name.clone(), disks: deleted.clone() });
         }
         result.map(|()| SnapshotDeleted { name, disks: deleted })
+    }
+
+    fn snapshot_open(&self, arguments: SnapshotOpen) -> Answer<OverlayInfo> {
+        let _admin = self.upkeep.admin();
+        self.overlays.open(&arguments)
+    }
+
+    fn snapshot_close(&self, arguments: SnapshotClose) -> Answer<Nothing> {
+        let _admin = self.upkeep.admin();
+        self.overlays.close(&arguments).map(|()| Nothing {})
     }
 
     fn query_snapshots(&self, arguments: QuerySnapshots) -> Answer<Vec<SnapshotInfo>> {
@@ -154,6 +166,7 @@ impl Service for ControlService {
                 reason: snapshot.broken().map(str::to_owned),
                 held: snapshot.bytes_held(),
                 exports: self.catalog.names_of(disk.name(), snapshot.name()),
+                overlays: self.overlays.of(disk.name(), snapshot.name()),
             })
             .collect())
     }
@@ -294,6 +307,9 @@ pub(crate) fn explain(error: Error) -> CommandError {
         Error::NoSuchSnapshot { .. } => CommandError::not_found(reason::SNAPSHOT_NOT_FOUND, text),
         Error::SnapshotExists { .. } => CommandError::generic(reason::SNAPSHOT_EXISTS, text),
         Error::SnapshotBroken { .. } => CommandError::generic(reason::SNAPSHOT_BROKEN, text),
+        Error::SnapshotInUse { .. } => CommandError::generic(reason::SNAPSHOT_IN_USE, text),
+        Error::NoSuchOverlay { .. } => CommandError::not_found(reason::OVERLAY_NOT_FOUND, text),
+        Error::OverlayExists { .. } => CommandError::generic(reason::OVERLAY_EXISTS, text),
         Error::GateTimeout { .. } => CommandError::generic(reason::GATE_TIMEOUT, text),
         Error::NotTracked { .. } => CommandError::generic(reason::TRACKING_OFF, text),
         Error::BadName { .. } => CommandError::generic(reason::BAD_ARGUMENT, text),
