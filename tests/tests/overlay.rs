@@ -3,14 +3,15 @@
 //! `$EBBTIDE` names another program to test; otherwise it is built.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use ebbtide_tests::daemon::{Daemon, Disk, Program};
 use ebbtide_tests::nbd::{FUA, Nbd};
 use ebbtide_tests::random::Random;
-use ebbtide_tests::vhost_client::{Client, Options};
+use ebbtide_tests::server::reach;
+use ebbtide_tests::vhost_client::{Client, Options, PATIENCE};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -32,7 +33,7 @@ fn bytes(random: &mut Random, count: usize) -> Vec<u8> {
 /// Sends a verb; the answer, or the error.
 fn ask(daemon: &Daemon, verb: &str, arguments: Value) -> Result<Value, Value> {
     let talk = || -> Result<Value> {
-        let mut stream = UnixStream::connect(daemon.control())?;
+        let mut stream = reach(&daemon.control())?;
         let mut lines = BufReader::new(stream.try_clone()?).lines();
         let mut say = |message: Value| stream.write_all(format!("{message}\n").as_bytes());
         say(json!({ "execute": "qmp_capabilities" }))?;
@@ -60,6 +61,20 @@ fn refused(daemon: &Daemon, verb: &str, arguments: Value, reason: &str) -> Resul
     match ask(daemon, verb, arguments.clone()) {
         Err(error) if error["x-reason"] == reason => Ok(()),
         other => anyhow::bail!("{verb} {arguments}: expected {reason}, got {other:?}"),
+    }
+}
+
+/// Closes an overlay, once the daemon has noticed that its guest is gone.
+fn close(daemon: &Daemon, name: &str) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask(daemon, "snapshot-close", of(name)) {
+            Ok(_) => return Ok(()),
+            Err(error) if error["x-reason"] == "overlay-in-use" && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => anyhow::bail!("snapshot-close {name}: {error}"),
+        }
     }
 }
 
@@ -272,7 +287,7 @@ fn kept_overlays_outlive_the_daemon() -> Result<()> {
         ensure!(guest(&daemon, "kept")?.read(0, 1 << 18)? == image[..1 << 18], "after {signal:?}");
         ensure!(over_nbd(&daemon, "vda@s/other").is_err(), "the other is still there");
     }
-    done(&daemon, "snapshot-close", of("kept"))?;
+    close(&daemon, "kept")?;
     done(&daemon, "snapshot-delete", json!({ "name": "s" }))?;
     let left = std::fs::read_dir(daemon.dir().join("vda.img.ebb"))?;
     let mut left: Vec<_> = left.map(|one| Ok(one?.file_name())).collect::<Result<_>>()?;
@@ -381,7 +396,7 @@ fn bad_input_is_refused_and_changes_nothing() -> Result<()> {
     let names: Vec<_> = overlays(&daemon)?.iter().map(|one| one["name"].clone()).collect();
     ensure!(names == ["x"], "{names:?}");
     guest(&daemon, "x")?.read(0, 512)?;
-    done(&daemon, "snapshot-close", of("x"))?;
+    close(&daemon, "x")?;
     refused(&daemon, "snapshot-close", of("x"), "overlay-not-found")?;
     Ok(())
 }
