@@ -280,8 +280,14 @@ impl<S: Storage> Disk<S> {
             return Err(Error::Poisoned);
         }
         self.sync_store(io).await;
-        for snapshot in self.chain.now().iter() {
+        let chain = self.chain.now();
+        for snapshot in chain.iter() {
             self.sync_snapshot(io, snapshot).await;
+        }
+        // Which ones are broken, those just now included, must be as durable as the stamp: without it the
+        // next start would believe records whose slots are others' by now.
+        for snapshot in chain.iter().filter(|one| one.broken().is_some()) {
+            snapshot.sync(io).await?;
         }
         self.overlays.close(io, &self.dir).await;
         io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
