@@ -50,6 +50,8 @@ impl SharedCells {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file is shorter than its map"));
         }
         let map = memmap2::MmapOptions::new().len(bytes).map_raw(file)?;
+        // Reading ahead would make resident, for each page that is touched, thirty that nobody ever marked.
+        map.advise(memmap2::Advice::Random)?;
         Ok(Self { map, count })
     }
 

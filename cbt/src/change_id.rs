@@ -12,7 +12,7 @@ use uuid::Uuid;
 /// numbers that a cell can hold run out, a new generation begins.
 ///
 /// Analogue: blksnap's `changes_number`, which is one byte and wraps after 255 snapshots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(u32);
 
 impl Epoch {

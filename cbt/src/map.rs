@@ -107,9 +107,10 @@ impl<C: Cells> Map<C> {
         }
     }
 
-    /// Sets every cell to [`Epoch::NEVER`], for the start of a new generation.
-    pub fn clear(&self) {
-        for cell in self.cells.cells() {
+    /// Sets every cell of a page to [`Epoch::NEVER`], for the start of a new generation.
+    pub fn clear_page(&self, page: PageIndex) {
+        let first = to_index(page) * CELLS_PER_PAGE;
+        for cell in &self.cells.cells()[first..first + CELLS_PER_PAGE] {
             if cell.load(Relaxed) != 0 {
                 cell.store(0, Relaxed);
             }

@@ -135,7 +135,10 @@ mod tests {
         assert_eq!(refused("{}"), is(reason::MISSING_ARGUMENT, "Parameter 'name' is missing"));
         assert_eq!(
             refused(r#"{"nmae":"s"}"#),
-            is(reason::UNKNOWN_ARGUMENT, "Parameter 'nmae' is unexpected; there are: name, disks")
+            is(
+                reason::UNKNOWN_ARGUMENT,
+                "Parameter 'nmae' is unexpected; there are: name, disks, on-overflow, hold-deadline, limit"
+            )
         );
         assert_eq!(
             refused(r#"{"name":5}"#),

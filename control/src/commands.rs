@@ -8,31 +8,48 @@
 //! Fields are added to answers, never taken away or given another meaning.
 
 mod changes;
+mod checkpoints;
 mod checks;
 mod daemon;
 mod disks;
 mod exports;
+mod map;
+mod moves;
 mod overlays;
+mod rewinds;
 mod snapshots;
+mod store;
 mod time;
+mod tracking;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use self::changes::{ChangedBlocks, ChangedRange, PageLimit, PageLimitError, QueryChangedBlocks, Since};
+pub use self::checkpoints::{
+    CheckpointCreate, CheckpointCreated, CheckpointDelete, CheckpointDeleted, CheckpointInfo,
+    IncrementalInfo, QueryCheckpoints, QueryIncremental,
+};
 pub use self::checks::check_name;
 pub use self::daemon::{
     CommandInfo, QmpCapabilities, QueryCommands, QueryStatus, QueryVersion, Quit, RunState, StatusInfo,
     VersionInfo, VersionTriple,
 };
-pub use self::disks::{DiskInfo, IoCounters, QueryDisks, TrackerInfo};
+pub use self::disks::{BlockResize, BlockResized, DiskInfo, IoCounters, QueryDisks, TrackerInfo};
 pub use self::exports::{ExportInfo, NbdExportAdd, NbdExportDel, QueryExports};
+pub use self::map::{
+    CellCount, CellCountError, ChangeMap, ChangedCell, MapInstant, QueryChangeMap, RECENT as RECENT_EPOCHS,
+};
+pub use self::moves::{TrackerExport, TrackerExported};
 pub use self::overlays::{OverlayInfo, SnapshotClose, SnapshotOpen};
+pub use self::rewinds::{DiskRevert, RewindInfo};
 pub use self::snapshots::{
     QuerySnapshots, SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo,
     SnapshotPoint, SnapshotState,
 };
+pub use self::store::{AreaInfo, MAX_HOLD_DEADLINE, OnOverflow, StoreAppend, StoreInfo, StoreLimit};
 pub use self::time::Timestamp;
+pub use self::tracking::{MarkRange, TrackerMark};
 use crate::service::CommandError;
 
 /// The arguments of one verb, and what the verb answers.
@@ -54,12 +71,19 @@ pub trait Command: Serialize + DeserializeOwned {
 /// Every verb of the server, by name: what `query-commands` answers.
 pub const VERBS: &[&str] = &[
     QmpCapabilities::NAME,
+    BlockResize::NAME,
+    CheckpointCreate::NAME,
+    CheckpointDelete::NAME,
+    DiskRevert::NAME,
     NbdExportAdd::NAME,
     NbdExportDel::NAME,
+    QueryChangeMap::NAME,
     QueryChangedBlocks::NAME,
+    QueryCheckpoints::NAME,
     QueryCommands::NAME,
     QueryDisks::NAME,
     QueryExports::NAME,
+    QueryIncremental::NAME,
     QuerySnapshots::NAME,
     QueryStatus::NAME,
     QueryVersion::NAME,
@@ -68,6 +92,10 @@ pub const VERBS: &[&str] = &[
     SnapshotCreate::NAME,
     SnapshotDelete::NAME,
     SnapshotOpen::NAME,
+    StoreAppend::NAME,
+    StoreLimit::NAME,
+    TrackerExport::NAME,
+    TrackerMark::NAME,
 ];
 
 /// The answer of verbs that answer nothing: `{}`.

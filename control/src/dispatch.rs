@@ -9,9 +9,11 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use crate::arguments;
 use crate::commands::{
-    Command, CommandInfo, NbdExportAdd, NbdExportDel, QmpCapabilities, QueryChangedBlocks, QueryCommands,
-    QueryDisks, QueryExports, QuerySnapshots, QueryStatus, QueryVersion, Quit, SnapshotClose, SnapshotCreate,
-    SnapshotDelete, SnapshotOpen, VERBS, VersionInfo,
+    BlockResize, CheckpointCreate, CheckpointDelete, Command, CommandInfo, DiskRevert, NbdExportAdd,
+    NbdExportDel, QmpCapabilities, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints, QueryCommands,
+    QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, QueryVersion, Quit,
+    SnapshotClose, SnapshotCreate, SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit, TrackerExport,
+    TrackerMark, VERBS, VersionInfo,
 };
 use crate::request::{Request, excerpt};
 use crate::service::{Answer, CommandError, ErrorClass, Service, reason};
@@ -69,10 +71,21 @@ fn serve(service: &dyn Service, request: &Request<'_>) -> Answer<Box<RawValue>> 
         QuerySnapshots::NAME => answer(request, |a: QuerySnapshots| service.query_snapshots(a)),
         QueryExports::NAME => answer(request, |a: QueryExports| service.query_exports(a)),
         QueryChangedBlocks::NAME => answer(request, |a: QueryChangedBlocks| service.query_changed_blocks(a)),
+        QueryCheckpoints::NAME => answer(request, |a: QueryCheckpoints| service.query_checkpoints(a)),
+        QueryIncremental::NAME => answer(request, |a: QueryIncremental| service.query_incremental(a)),
+        CheckpointCreate::NAME => answer(request, |a: CheckpointCreate| service.checkpoint_create(a)),
+        CheckpointDelete::NAME => answer(request, |a: CheckpointDelete| service.checkpoint_delete(a)),
         SnapshotCreate::NAME => answer(request, |a: SnapshotCreate| service.snapshot_create(a)),
         SnapshotDelete::NAME => answer(request, |a: SnapshotDelete| service.snapshot_delete(a)),
         SnapshotOpen::NAME => answer(request, |a: SnapshotOpen| service.snapshot_open(a)),
         SnapshotClose::NAME => answer(request, |a: SnapshotClose| service.snapshot_close(a)),
+        BlockResize::NAME => answer(request, |a: BlockResize| service.block_resize(a)),
+        QueryChangeMap::NAME => answer(request, |a: QueryChangeMap| service.query_change_map(a)),
+        TrackerExport::NAME => answer(request, |a: TrackerExport| service.tracker_export(a)),
+        TrackerMark::NAME => answer(request, |a: TrackerMark| service.tracker_mark(a)),
+        DiskRevert::NAME => answer(request, |a: DiskRevert| service.disk_revert(a)),
+        StoreAppend::NAME => answer(request, |a: StoreAppend| service.store_append(a)),
+        StoreLimit::NAME => answer(request, |a: StoreLimit| service.store_limit(a)),
         NbdExportAdd::NAME => answer(request, |a: NbdExportAdd| service.nbd_export_add(a)),
         NbdExportDel::NAME => answer(request, |a: NbdExportDel| service.nbd_export_del(a)),
         unknown => Err(CommandError::new(

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::commands::{SnapshotPoint, Timestamp};
+use crate::commands::{OnOverflow, SnapshotPoint, Timestamp};
 use crate::outbox::Outbox;
 use crate::wire;
 
@@ -37,6 +37,29 @@ pub enum Event {
         /// The disks that no longer have it.
         disks: Vec<String>,
     },
+    /// An instant got a name that outlives its snapshot.
+    CheckpointCreated {
+        /// Its name.
+        name: String,
+        /// Its disks.
+        disks: Vec<SnapshotPoint>,
+    },
+    /// A checkpoint was deleted.
+    CheckpointDeleted {
+        /// Its name.
+        name: String,
+        /// The disks that no longer have it.
+        disks: Vec<String>,
+    },
+    /// Changes up to a checkpoint cannot be told any more; changes since it can.
+    CheckpointDamaged {
+        /// Its name.
+        name: String,
+        /// The disk it is of.
+        disk: String,
+        /// One sentence for people.
+        desc: String,
+    },
     /// A snapshot can no longer be read; the guest goes on.
     SnapshotBroken {
         /// Its name.
@@ -47,6 +70,56 @@ pub enum Event {
         reason: String,
         /// One sentence for people.
         desc: String,
+    },
+    /// A disk became a snapshot again; what differs is copied back from now on.
+    RewindStarted {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+        /// Bytes that are to be copied back.
+        bytes: u64,
+    },
+    /// What a rewind was to copy back is on the image.
+    RewindCompleted {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+    },
+    /// A rewind does not go on, or what it needs cannot be read; it is tried again.
+    RewindFailed {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+        /// One sentence for people.
+        desc: String,
+    },
+    /// Guests' writes wait or fail, for there is no space for old content; told again while it goes on.
+    StoreOverflow {
+        /// The disk.
+        disk: String,
+        /// What was chosen.
+        action: OnOverflow,
+        /// How long writes wait, in seconds, if they do.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hold_deadline: Option<u32>,
+        /// One sentence for people.
+        desc: String,
+    },
+    /// A difference store will soon be full.
+    LowSpace {
+        /// The disk.
+        disk: String,
+        /// Bytes that still fit.
+        bytes_left: u64,
+        /// Bytes that are preserved in a second, of late.
+        bytes_per_second: u64,
+        /// Seconds after which it is full if that goes on; null if nothing is written.
+        seconds_left: Option<u64>,
+        /// What will be full first: an area's path, `store-limit` or `daemon-limit`.
+        bound_by: String,
     },
     /// A disk's history could not be proved complete: the next backup must be a full one.
     TrackerReset {

@@ -10,8 +10,8 @@ mod table;
 
 use self::table::{Align, Table, printable};
 use crate::commands::{
-    ChangedBlocks, DiskInfo, ExportInfo, OverlayInfo, RunState, SnapshotCreated, SnapshotInfo, SnapshotState,
-    StatusInfo,
+    BlockResized, ChangedBlocks, CheckpointCreated, CheckpointInfo, DiskInfo, ExportInfo, IncrementalInfo,
+    OverlayInfo, RewindInfo, RunState, SnapshotCreated, SnapshotInfo, SnapshotState, StatusInfo,
 };
 
 /// The answer of `query-status`, one fact a line.
@@ -57,7 +57,12 @@ pub fn disks(disks: &[DiskInfo]) -> String {
         table.row(vec![
             disk.name.clone(),
             size(disk.size),
-            (if disk.read_only { "ro" } else { "rw" }).to_owned(),
+            (match disk {
+                DiskInfo { handed_over: true, .. } => "handed over",
+                DiskInfo { read_only: true, .. } => "ro",
+                _ => "rw",
+            })
+            .to_owned(),
             (if disk.connected { "connected" } else { "-" }).to_owned(),
             if tracker.on { size(tracker.block_size) } else { format!("off: {}", tracker.reason) },
             disk.snapshots.to_string(),
@@ -69,7 +74,29 @@ pub fn disks(disks: &[DiskInfo]) -> String {
             disk.image.clone(),
         ]);
     }
-    table.finish()
+    let rewinds = disks.iter().filter_map(|disk| Some(rewound(&disk.name, disk.rewind.as_ref()?)));
+    table.finish() + &rewinds.collect::<String>()
+}
+
+/// The answer of `disk-revert` for `disk`.
+pub fn rewound(disk: &str, rewind: &RewindInfo) -> String {
+    let (disk, snapshot) = (printable(disk), printable(&rewind.snapshot));
+    if rewind.bytes_left == 0 && rewind.trouble.is_none() {
+        return format!("{disk} is as in {snapshot}: nothing was to be copied back\n");
+    }
+    let (left, all) = (size(rewind.bytes_left), size(rewind.bytes));
+    let trouble = rewind.trouble.as_ref();
+    let trouble = trouble.map_or(String::new(), |why| format!(", which fails: {}", printable(why)));
+    format!("{disk} becomes {snapshot} again: {left} of {all} are to be copied back{trouble}\n")
+}
+
+/// The answer of `block_resize`, one line.
+pub fn resized(done: &BlockResized) -> String {
+    let told = match done.announced {
+        true => "the guest was told",
+        false => "the guest sees it when its front end connects again",
+    };
+    format!("{} has {} bytes now; {told}\n", printable(&done.disk), done.size)
 }
 
 /// The answer of `query-snapshots`, with a second table if some are open for writing.
@@ -83,12 +110,16 @@ pub fn snapshots(snapshots: &[SnapshotInfo]) -> String {
         ("CREATED", Align::Left),
         ("SIZE", Align::Right),
         ("HELD", Align::Right),
+        ("FREES", Align::Right),
         ("STATE", Align::Left),
         ("CHANGE ID", Align::Left),
         ("EXPORTS", Align::Left),
     ]);
     for snapshot in snapshots {
         let state = match (snapshot.state, &snapshot.reason) {
+            (SnapshotState::Active, _) if snapshot.released > 0 => {
+                format!("active, {} released", size(snapshot.released))
+            }
             (SnapshotState::Active, _) => "active".to_owned(),
             (SnapshotState::Broken, None) => "broken".to_owned(),
             (SnapshotState::Broken, Some(reason)) => format!("broken: {reason}"),
@@ -99,6 +130,7 @@ pub fn snapshots(snapshots: &[SnapshotInfo]) -> String {
             snapshot.created.to_string(),
             size(snapshot.size),
             size(snapshot.held),
+            size(snapshot.bytes_freed_by_delete),
             state,
             snapshot.change_id.clone(),
             list(&snapshot.exports),
@@ -164,6 +196,64 @@ pub fn snapshot_created(created: &SnapshotCreated) -> String {
     )
 }
 
+/// The answer of `checkpoint-create`.
+pub fn checkpoint_created(created: &CheckpointCreated) -> String {
+    let mut table = Table::new(&[("DISK", Align::Left), ("SIZE", Align::Right), ("CHANGE ID", Align::Left)]);
+    for point in &created.disks {
+        table.row(vec![point.disk.clone(), size(point.size), point.change_id.clone()]);
+    }
+    format!("checkpoint {}\n{}", printable(&created.name), table.finish())
+}
+
+/// The answer of `query-checkpoints`.
+pub fn checkpoints(checkpoints: &[CheckpointInfo]) -> String {
+    if checkpoints.is_empty() {
+        return "no checkpoints\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("CHECKPOINT", Align::Left),
+        ("DISK", Align::Left),
+        ("CREATED", Align::Left),
+        ("SIZE", Align::Right),
+        ("HELD", Align::Right),
+        ("STATE", Align::Left),
+        ("CHANGE ID", Align::Left),
+    ]);
+    for one in checkpoints {
+        let state = match (one.current, &one.ended, &one.damaged) {
+            (true, _, None) => "current".to_owned(),
+            (true, _, Some(_)) => "current, damaged".to_owned(),
+            (false, None, _) => "of an earlier generation".to_owned(),
+            (false, Some(why), _) => format!("of an earlier generation: {why}"),
+        };
+        table.row(vec![
+            one.name.clone(),
+            one.disk.clone(),
+            one.created.to_string(),
+            size(one.size),
+            size(one.held),
+            state,
+            one.change_id.clone(),
+        ]);
+    }
+    table.finish()
+}
+
+/// The answer of `query-incremental`, a line a disk.
+pub fn incremental(disks: &[IncrementalInfo]) -> String {
+    let line = |one: &IncrementalInfo| {
+        let disk = printable(&one.disk);
+        match (one.possible, &one.reason, &one.desc) {
+            (true, ..) => format!("{disk}: yes\n"),
+            (false, Some(reason), Some(desc)) => {
+                format!("{disk}: no, {} ({})\n", printable(desc), printable(reason))
+            }
+            _ => format!("{disk}: no\n"),
+        }
+    };
+    disks.iter().map(line).collect()
+}
+
 /// The answer of `query-changed-blocks`, with a line that sums it up.
 pub fn changes(changes: &ChangedBlocks) -> String {
     let total = changes.ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
@@ -216,7 +306,12 @@ pub fn exports(exports: &[ExportInfo]) -> String {
             export.disk.clone(),
             export.snapshot.clone().unwrap_or_else(|| "(live)".to_owned()),
             size(export.size),
-            (if export.read_only { "ro" } else { "rw" }).to_owned(),
+            (match export {
+                ExportInfo { release_on_trim: true, .. } => "ro, trim releases",
+                ExportInfo { read_only: true, .. } => "ro",
+                _ => "rw",
+            })
+            .to_owned(),
             export.clients.to_string(),
             list(&export.bitmaps),
             export.uri.clone(),

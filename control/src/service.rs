@@ -10,9 +10,12 @@
 use serde::{Deserialize, Serialize};
 
 use crate::commands::{
-    ChangedBlocks, DiskInfo, ExportInfo, NbdExportAdd, NbdExportDel, Nothing, OverlayInfo,
-    QueryChangedBlocks, QueryDisks, QueryExports, QuerySnapshots, QueryStatus, SnapshotClose, SnapshotCreate,
-    SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotOpen, StatusInfo,
+    AreaInfo, BlockResize, BlockResized, ChangeMap, ChangedBlocks, CheckpointCreate, CheckpointCreated,
+    CheckpointDelete, CheckpointDeleted, CheckpointInfo, DiskInfo, DiskRevert, ExportInfo, IncrementalInfo,
+    NbdExportAdd, NbdExportDel, Nothing, OverlayInfo, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints,
+    QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, RewindInfo, SnapshotClose,
+    SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotOpen, StatusInfo,
+    StoreAppend, StoreLimit, TrackerExport, TrackerExported, TrackerMark,
 };
 
 /// What a verb answers.
@@ -42,11 +45,44 @@ pub trait Service: Send + Sync + 'static {
     /// Discards what was written to a snapshot that was opened.
     fn snapshot_close(&self, arguments: SnapshotClose) -> Answer<Nothing>;
 
+    /// Makes a disk one of its snapshots again.
+    fn disk_revert(&self, arguments: DiskRevert) -> Answer<RewindInfo>;
+
+    /// Adds an area to a difference store.
+    fn store_append(&self, arguments: StoreAppend) -> Answer<AreaInfo>;
+
+    /// Limits what snapshots hold.
+    fn store_limit(&self, arguments: StoreLimit) -> Answer<Nothing>;
+
     /// Snapshots of one disk or of all, oldest first within a disk, with their overlays.
     fn query_snapshots(&self, arguments: QuerySnapshots) -> Answer<Vec<SnapshotInfo>>;
 
     /// One page of the ranges that changed between two instants.
     fn query_changed_blocks(&self, arguments: QueryChangedBlocks) -> Answer<ChangedBlocks>;
+
+    /// Names the instant of a snapshot on all disks or, with an error, on none.
+    fn checkpoint_create(&self, arguments: CheckpointCreate) -> Answer<CheckpointCreated>;
+
+    /// Deletes a checkpoint on some or all of its disks.
+    fn checkpoint_delete(&self, arguments: CheckpointDelete) -> Answer<CheckpointDeleted>;
+
+    /// Checkpoints of one disk or of all, oldest first.
+    fn query_checkpoints(&self, arguments: QueryCheckpoints) -> Answer<Vec<CheckpointInfo>>;
+
+    /// Per disk, whether the next backup can be incremental.
+    fn query_incremental(&self, arguments: QueryIncremental) -> Answer<Vec<IncrementalInfo>>;
+
+    /// Makes a disk larger.
+    fn block_resize(&self, arguments: BlockResize) -> Answer<BlockResized>;
+
+    /// Marks ranges as changed, for the next instant.
+    fn tracker_mark(&self, arguments: TrackerMark) -> Answer<Nothing>;
+
+    /// How recently, and how much, each part of a disk has changed.
+    fn query_change_map(&self, arguments: QueryChangeMap) -> Answer<ChangeMap>;
+
+    /// Exports a disk's history for another host, and hands the disk over.
+    fn tracker_export(&self, arguments: TrackerExport) -> Answer<TrackerExported>;
 
     /// Offers a snapshot over NBD.
     fn nbd_export_add(&self, arguments: NbdExportAdd) -> Answer<ExportInfo>;
@@ -137,7 +173,7 @@ pub mod reason {
     pub const TOO_MANY_CLIENTS: &str = "too-many-clients";
     /// No disk of that name.
     pub const DISK_NOT_FOUND: &str = "disk-not-found";
-    /// No snapshot of that name on that disk.
+    /// No snapshot of that name on that disk; where a checkpoint or a change id would do, none of these either.
     pub const SNAPSHOT_NOT_FOUND: &str = "snapshot-not-found";
     /// A snapshot of that name exists already.
     pub const SNAPSHOT_EXISTS: &str = "snapshot-exists";
@@ -151,18 +187,48 @@ pub mod reason {
     pub const OVERLAY_EXISTS: &str = "overlay-exists";
     /// A front end is connected to the overlay; take it away first, or say `force`.
     pub const OVERLAY_IN_USE: &str = "overlay-in-use";
+    /// A front end is connected to the disk; take it away first, or say `force`.
+    pub const DISK_IN_USE: &str = "disk-in-use";
+    /// A rewind of the disk is under way; wait until it is complete.
+    pub const REWIND_ACTIVE: &str = "rewind-active";
+    /// The disk had another size at the snapshot's instant.
+    pub const CAPACITY_DIFFERS: &str = "capacity-differs";
+    /// No checkpoint of that name on that disk.
+    pub const CHECKPOINT_NOT_FOUND: &str = "checkpoint-not-found";
+    /// A checkpoint of that name exists already.
+    pub const CHECKPOINT_EXISTS: &str = "checkpoint-exists";
+    /// Changes up to the checkpoint cannot be told any more: its file is damaged. Changes since it can.
+    pub const CHECKPOINT_DAMAGED: &str = "checkpoint-damaged";
+    /// A snapshot and a checkpoint of different instants have that name; say the change id.
+    pub const AMBIGUOUS_NAME: &str = "ambiguous-name";
+    /// A text with a `/` that is no change id.
+    pub const BAD_CHANGE_ID: &str = "bad-change-id";
+    /// The change id belongs to another disk of this daemon.
+    pub const OTHER_DISK: &str = "other-disk";
     /// The change id belongs to another generation: a full backup is needed.
     pub const GENERATION_DIFFERS: &str = "generation-differs";
-    /// The change id is not older than the snapshot.
+    /// The older instant is not older than the younger one.
     pub const SINCE_NOT_OLDER: &str = "since-not-older";
     /// Tracking of the disk is off: a full backup is needed.
     pub const TRACKING_OFF: &str = "tracking-off";
+    /// The disk is served for reading only.
+    pub const READ_ONLY: &str = "read-only";
     /// No export of that name.
     pub const EXPORT_NOT_FOUND: &str = "export-not-found";
     /// An export of that name exists already.
     pub const EXPORT_EXISTS: &str = "export-exists";
     /// The daemon has no NBD server.
     pub const NBD_OFF: &str = "nbd-off";
+    /// A path that cannot hold old content of this disk; nothing was written to it.
+    pub const STORE_REFUSED: &str = "store-refused";
+    /// A limit below what is in use; nothing changed.
+    pub const LIMIT_IN_USE: &str = "limit-in-use";
+    /// The disk's history was exported; nothing of it can be changed here any more.
+    pub const HANDED_OVER: &str = "handed-over";
+    /// A history that cannot be moved as it is.
+    pub const NOT_MOVABLE: &str = "not-movable";
+    /// There is a file of that name already.
+    pub const FILE_EXISTS: &str = "file-exists";
     /// The gate could not close in time; nothing changed.
     pub const GATE_TIMEOUT: &str = "gate-timeout";
     /// An operation on the host failed.

@@ -294,7 +294,8 @@ fn calls_are_typed_from_end_to_end() {
     let disks = client.call(&QueryDisks {}).unwrap();
     assert_eq!(disks[0].image, "/vm/größe-vda.img");
     for name in ["s1", "s2"] {
-        let created = client.call(&SnapshotCreate { name: name.to_owned(), disks: None });
+        let created =
+            client.call(&SnapshotCreate { name: name.to_owned(), disks: None, ..SnapshotCreate::default() });
         assert_eq!(created.unwrap().disks.len(), 2);
     }
     let of_vdb = QuerySnapshots { disk: Some("vdb".to_owned()) };
@@ -310,12 +311,13 @@ fn pages_of_changes_join_without_gap_or_overlap() {
     let mut client = stage.client();
     for name in ["s1", "s2"] {
         let name = name.to_owned();
-        client.call(&SnapshotCreate { name, disks: None }).unwrap();
+        client.call(&SnapshotCreate { name, disks: None, ..SnapshotCreate::default() }).unwrap();
     }
     let query = |limit: u64| QueryChangedBlocks {
         disk: "vda".to_owned(),
         since: "s1".to_owned(),
-        snapshot: "s2".to_owned(),
+        snapshot: Some("s2".to_owned()),
+        until: None,
         offset: 0,
         limit: limit.try_into().unwrap(),
     };
@@ -354,7 +356,13 @@ fn events_reach_every_client_that_negotiated() {
     let stage = stage();
     let mut clients: Vec<_> = (0..3).map(|_| stage.client()).collect();
     let mut unnegotiated = stage.raw();
-    clients[0].call(&SnapshotCreate { name: "s1".to_owned(), disks: Some(vec!["vda".to_owned()]) }).unwrap();
+    clients[0]
+        .call(&SnapshotCreate {
+            name: "s1".to_owned(),
+            disks: Some(vec!["vda".to_owned()]),
+            ..SnapshotCreate::default()
+        })
+        .unwrap();
     for client in &mut clients {
         let message = client.next_event(Some(PATIENCE)).unwrap().unwrap();
         let Some(Event::SnapshotCreated { name, disks }) = message.typed() else {
@@ -495,7 +503,9 @@ fn stop_lets_the_verb_in_progress_answer() {
     let stage = stage();
     let mut client = stage.client();
     std::thread::scope(|scope| {
-        let call = scope.spawn(|| client.call(&SnapshotCreate { name: "slow".to_owned(), disks: None }));
+        let call = scope.spawn(|| {
+            client.call(&SnapshotCreate { name: "slow".to_owned(), disks: None, ..SnapshotCreate::default() })
+        });
         std::thread::sleep(Duration::from_millis(100));
         stage.server.stop(PATIENCE);
         assert_eq!(call.join().unwrap().unwrap().name, "slow");

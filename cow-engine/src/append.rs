@@ -8,6 +8,12 @@
 //! outlive this process; the change that made it necessary comes after that.
 //! A stop before the records leaves slots that nobody knows; before the publication, records of content
 //! that is also still on the live disk. Both are harmless.
+//!
+//! What fails before its records were begun is named by nobody: its slots are given back at once. What fails
+//! later may be named by records that were half written, and a restart would believe them: rightly, for as
+//! long as nobody else has the slots. So those are kept until the index is gone or counts for nothing. If
+//! the key is preserved again meanwhile, two records name two slots of the same content; a restart takes the
+//! first, and the second slot is free to it and to nobody before it.
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -45,17 +51,16 @@ struct State<S: Storage> {
 
 /// An error that several are told.
 #[derive(Clone, Copy)]
-struct Failure {
-    what: &'static str,
-    kind: io::ErrorKind,
-    code: Option<i32>,
+enum Failure {
+    Io { what: &'static str, kind: io::ErrorKind, code: Option<i32> },
+    Limit { what: &'static str },
 }
 
 /// Slots that were taken for what then failed.
 struct Orphans<S: Storage> {
-    slots: Vec<Range<u32>>,
-    /// The newest snapshot that records may have been written for.
-    snapshot: Arc<Snapshot<S>>,
+    slots: Vec<u32>,
+    /// Those that records may have been written for.
+    snapshots: Vec<Arc<Snapshot<S>>>,
 }
 
 /// The batch that is open to more items, if there is one.
@@ -146,36 +151,70 @@ impl<S: Storage> Appender<S> {
         let full: Vec<bool> = grains.iter().map(|grain| !is_zero(grain)).collect();
         let content: Vec<&[u8]> =
             grains.into_iter().zip(&full).filter(|(_, full)| **full).map(|(grain, _)| grain).collect();
-        let runs = disk.store.take(u32::try_from(content.len()).unwrap_or(u32::MAX))?;
+        let shares = shares(items, &full);
+        reserve(&shares)?;
+        let runs = match self.fill(io, disk, &content).await {
+            Ok(runs) => runs,
+            Err(error) => {
+                shares.iter().for_each(|(snapshot, slots)| snapshot.let_go(*slots));
+                return Err(error);
+            }
+        };
         let mut numbers = runs.iter().cloned().flatten();
         let slot = |full| match if full { numbers.next() } else { None } {
             Some(slot) => Slot::At(slot),
             None => Slot::Zero,
         };
-        let slots: Vec<Slot> = full.into_iter().map(slot).collect();
-        let mut result = write_runs(io, &disk.store, &runs, &content).await;
-        if result.is_ok() {
-            result = record(io, disk, items, &slots).await;
-        }
-        if result.is_err()
-            && let Some(newest) = items.iter().max_by_key(|item| item.snapshot.sequence)
-        {
-            let orphans = Orphans { slots: runs, snapshot: newest.snapshot.clone() };
-            self.orphans().push(orphans);
+        let slots: Vec<Slot> = full.iter().copied().map(slot).collect();
+        let (rest, result) = record(io, disk, items, &slots).await;
+        if result.is_err() {
+            // What was published before it is not concerned.
+            let done: usize =
+                items[..items.len() - rest.len()].iter().map(|item| item.old.len() / GRAIN).sum();
+            let named = slots[done..].iter();
+            let slots =
+                named.filter_map(|slot| if let Slot::At(number) = slot { Some(*number) } else { None });
+            let snapshots = rest.iter().map(|item| item.snapshot.clone()).collect();
+            for (snapshot, slots) in self::shares(rest, &full[done..]) {
+                snapshot.let_go(slots);
+            }
+            self.orphans().push(Orphans { slots: slots.collect(), snapshots });
         }
         result
     }
 
+    /// Writes content to slots, of the next area if one refuses.
+    async fn fill(&self, io: &S, disk: &Disk<S>, content: &[&[u8]]) -> Result<Vec<Range<u32>>, Error> {
+        loop {
+            let runs = disk.store.take(u32::try_from(content.len()).unwrap_or(u32::MAX))?;
+            match write_runs(io, &disk.store, &runs, content).await {
+                Ok(()) => return Ok(runs),
+                Err(error) => {
+                    disk.store.discard(runs.into_iter().flatten().collect());
+                    if !disk.store.has_another() {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
     /// Puts aside for good what was taken for appends that failed.
     ///
-    /// Not before the snapshot is known to be broken, with all older ones: until then a restart would
+    /// Not before the snapshot's index is gone, or it is known to be broken: until then a restart would
     /// believe the records that may have been written.
     pub(crate) fn bury(&self, store: &Store<S>) {
         let mut orphans = self.orphans();
-        let broken = |one: &mut Orphans<S>| one.snapshot.broken().is_some();
-        for one in orphans.extract_if(.., broken) {
-            store.discard(one.slots.into_iter().flatten().collect());
+        let void =
+            |one: &mut Orphans<S>| one.snapshots.iter().all(|one| one.broken().is_some() || one.is_gone());
+        for one in orphans.extract_if(.., void) {
+            store.discard(one.slots);
         }
+    }
+
+    /// Bytes of what was taken for appends that failed and is still kept.
+    pub(crate) fn bytes_orphaned(&self) -> u64 {
+        self.orphans().iter().map(|one| one.slots.len() as u64).sum::<u64>() * GRAIN as u64
     }
 
     fn orphans(&self) -> MutexGuard<'_, Vec<Orphans<S>>> {
@@ -205,13 +244,40 @@ impl<S: Storage> Batch<S> {
     }
 }
 
-/// Writes the records of `items`, whose grains are in `slots`, and publishes their keys.
-async fn record<S: Storage>(
+/// Snapshots, and how many slots each of them needs for its part of `items`.
+fn shares<'a, S: Storage>(items: &'a [Item<S>], mut full: &[bool]) -> Vec<(&'a Arc<Snapshot<S>>, u64)> {
+    let mut shares: Vec<(&Arc<Snapshot<S>>, u64)> = Vec::with_capacity(1);
+    for item in items {
+        let (mine, others) = full.split_at(item.old.len() / GRAIN);
+        full = others;
+        let slots = mine.iter().filter(|full| **full).count() as u64;
+        match shares.last_mut() {
+            Some((snapshot, sum)) if Arc::ptr_eq(snapshot, &item.snapshot) => *sum += slots,
+            _ => shares.push((&item.snapshot, slots)),
+        }
+    }
+    shares
+}
+
+/// Lets every snapshot hold its share, or none.
+fn reserve<S: Storage>(shares: &[(&Arc<Snapshot<S>>, u64)]) -> Result<(), Error> {
+    for (nth, (snapshot, slots)) in shares.iter().enumerate() {
+        if let Err(error) = snapshot.take_up(*slots) {
+            shares[..nth].iter().for_each(|(snapshot, slots)| snapshot.let_go(*slots));
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Writes the records of `items`, whose grains are in `slots`, and publishes their keys. Answers those that
+/// it did not come to, too.
+async fn record<'a, S: Storage>(
     io: &S,
     disk: &Disk<S>,
-    items: &[Item<S>],
+    items: &'a [Item<S>],
     mut slots: &[Slot],
-) -> Result<(), Error> {
+) -> (&'a [Item<S>], Result<(), Error>) {
     let mut rest = items;
     while let Some(first) = rest.first() {
         // Nearly always all are of the newest snapshot.
@@ -223,10 +289,14 @@ async fn record<S: Storage>(
             entries.extend(keys.zip(mine.iter().copied()));
             slots = others;
         }
-        first.snapshot.record(io, &disk.control, &entries).await?;
+        if let Err(error) = first.snapshot.record(io, &disk.control, &entries).await {
+            return (rest, Err(error));
+        }
+        // Under the claims of the items nothing of them is released.
+        first.snapshot.publish(&entries);
         rest = &rest[same..];
     }
-    Ok(())
+    (rest, Ok(()))
 }
 
 /// Whether every byte is zero.
@@ -238,13 +308,19 @@ fn is_zero(bytes: &[u8]) -> bool {
 impl Failure {
     fn of(error: &Error) -> Self {
         match error {
-            Error::Io { what, source } => Self { what, kind: source.kind(), code: source.raw_os_error() },
-            _ => Self { what: "writing to the difference store", kind: io::ErrorKind::Other, code: None },
+            Error::Io { what, source } => Self::Io { what, kind: source.kind(), code: source.raw_os_error() },
+            Error::LimitReached { what } => Self::Limit { what },
+            _ => Self::Io { what: "writing to the difference store", kind: io::ErrorKind::Other, code: None },
         }
     }
 
     fn again(self) -> Error {
-        let source = self.code.map_or_else(|| self.kind.into(), io::Error::from_raw_os_error);
-        Error::Io { what: self.what, source }
+        match self {
+            Self::Io { what, kind, code } => {
+                let source = code.map_or_else(|| kind.into(), io::Error::from_raw_os_error);
+                Error::Io { what, source }
+            }
+            Self::Limit { what } => Error::LimitReached { what },
+        }
     }
 }

@@ -69,20 +69,33 @@ pub(crate) fn from<'a, S: Storage>(
     }
 }
 
-/// Finds `key` in the first of `chain` or the next newer one that has it; `None` if it is still live,
-/// unless something is published meanwhile.
+/// Where a key's content is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Still on the live disk, unless something is published meanwhile.
+    Live,
+    /// In the store.
+    Kept(Slot),
+    /// Nowhere: readers have released it.
+    Released,
+}
+
+/// Finds `key` in the first of `chain` or the next newer one that has it.
 ///
 /// # Errors
 /// [`Error::SnapshotBroken`] if a broken one is passed: what it does not have may be lost.
-pub(crate) fn locate<S: Storage>(chain: &[Arc<Snapshot<S>>], key: Key) -> Result<Option<Slot>, Error> {
+pub(crate) fn locate<S: Storage>(chain: &[Arc<Snapshot<S>>], key: Key) -> Result<Place, Error> {
     for one in chain {
+        if one.is_released(key) {
+            return Ok(Place::Released);
+        }
         if let Some(slot) = one.get(key) {
-            return Ok(Some(slot));
+            return Ok(Place::Kept(slot));
         }
         if let Some(reason) = one.broken() {
             let name = chain[0].name.clone();
             return Err(Error::SnapshotBroken { name, reason: reason.to_owned() });
         }
     }
-    Ok(None)
+    Ok(Place::Live)
 }

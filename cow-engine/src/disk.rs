@@ -4,6 +4,7 @@
 //! pass the gate                     (a snapshot in creation waits for us, or we for it)
 //! freeze the pages of the map       (into the newest snapshot, before their first mark since)
 //! mark the blocks                   (before the data: a stop over-reports, never under-reports)
+//! wait until the region is hot      (a stop of the host may lose marks: then the whole region counts)
 //! preserve the old grains           (read, append, publish, under a claim)
 //! submit the change
 //! ```
@@ -12,24 +13,29 @@
 //! intact, and the request done or not begun as far as anyone was told.
 //! Absent: where requests come from, and reading of snapshots ([`crate::View`]).
 
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::Ordering::{Acquire, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use arc_swap::ArcSwapOption;
-use cbt::{BlockGrid, ByteRange, ChangeId, Epoch, PAGE_BYTES, PageIndex};
+use arc_swap::{ArcSwap, ArcSwapOption};
+use cbt::{BlockGrid, ByteRange, ChangeId, PAGE_BYTES, PageIndex};
 
 use crate::append::Appender;
 use crate::buffers::Buffers;
 use crate::chain::Chain;
+use crate::checkpoint::Checkpoints;
+use crate::claims::Claims;
 use crate::error::Error;
 use crate::format::{Broken, GRAIN, Superblock};
 use crate::gate::{Gate, Lane};
 use crate::index::Key;
+use crate::intent::Intent;
 use crate::memory::{AlignedBuf, Source, Target};
+use crate::overflow::{GiveUp, Holds, Stuck};
 use crate::overlay::Overlays;
 use crate::preserve::preserve;
+use crate::rewind;
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage, Zeroing};
 use crate::store::Store;
@@ -50,6 +56,51 @@ pub enum Event {
         /// Why, as a sentence.
         reason: String,
     },
+    /// The disk became a snapshot again; what differs is copied back from now on.
+    RewindStarted {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+        /// Bytes that are to be copied back.
+        bytes: u64,
+    },
+    /// Everything is copied back.
+    RewindCompleted {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+    },
+    /// Something cannot be copied back, or read. It is tried again.
+    RewindFailed {
+        /// The disk.
+        disk: String,
+        /// The snapshot.
+        snapshot: String,
+        /// Why, as a sentence.
+        reason: String,
+    },
+    /// Changes up to a checkpoint cannot be told any more: its file is damaged.
+    CheckpointDamaged {
+        /// The disk.
+        disk: String,
+        /// The checkpoint.
+        checkpoint: String,
+        /// Why, as a sentence.
+        reason: String,
+    },
+    /// Guests' writes wait or fail because old content cannot be preserved, as the operator chose.
+    Overflow {
+        /// The disk.
+        disk: String,
+        /// They fail; otherwise they wait.
+        fails: bool,
+        /// How long they wait at most, in seconds.
+        hold_seconds: u32,
+        /// Why, as a sentence.
+        reason: String,
+    },
 }
 
 /// Takes events from any thread; must not block.
@@ -67,10 +118,14 @@ pub struct Disk<S: Storage> {
     pub(crate) id: [u8; 16],
     pub(crate) image: S::File,
     pub(crate) dir: S::Dir,
-    pub(crate) capacity: u64,
+    /// Only grows: what was within it stays so.
+    pub(crate) capacity: AtomicU64,
     pub(crate) gate: Gate,
     pub(crate) history: History,
-    pub(crate) tracker: Option<Tracker<S::Cells>>,
+    /// The one in use covers the capacity, or more.
+    pub(crate) tracker: Option<ArcSwap<Tracker<S::Cells>>>,
+    /// Where marks may not be on their medium, if changes are tracked.
+    pub(crate) intent: Option<Intent<S>>,
     pub(crate) control: Control<S::Cells>,
     /// Deleted ones included, as long as an older one needs them.
     pub(crate) chain: Chain<S>,
@@ -78,18 +133,38 @@ pub struct Disk<S: Storage> {
     pub(crate) last_sequence: AtomicU32,
     /// Deleted ones whose slots are still to be given back.
     pub(crate) leaving: Mutex<Vec<Arc<Snapshot<S>>>>,
+    /// Held by who decides which slots nobody needs; see [`crate::release`].
+    pub(crate) deciding: Mutex<()>,
     pub(crate) store: Store<S>,
+    /// Which areas the store has.
+    pub(crate) areas: Mutex<crate::areas::List>,
     pub(crate) merge_step: u64,
     pub(crate) appender: Appender<S>,
     pub(crate) buffers: Buffers,
+    /// Changes that wait for space in the store.
+    pub(crate) holds: Holds,
     /// The end of the chain, into which changes preserve.
     pub(crate) newest: ArcSwapOption<Snapshot<S>>,
+    /// What the disk is on its way back to.
+    pub(crate) rewind: rewind::Current<S>,
+    /// Who makes the store durable, and breaks what was lost.
+    pub(crate) syncing: Claims,
     /// What stands on the snapshots' views.
     pub(crate) overlays: Overlays<S>,
+    /// Instants that have a name.
+    pub(crate) checkpoints: Checkpoints,
+    /// Why the generation began, as a stable code, if it did when the disk was opened.
+    pub(crate) began: Option<&'static str>,
     pub(crate) superblock: Mutex<Superblock>,
+    /// Who writes it.
+    pub(crate) superblock_writer: Claims,
     pub(crate) superblock_file: S::File,
     pub(crate) events: EventSink,
     pub(crate) poisoned: AtomicBool,
+    /// Nothing is changed any more; see [`crate::handover`].
+    pub(crate) handed_over: AtomicBool,
+    /// See [`Disk::is_tracking_at_risk`].
+    pub(crate) tracking_at_risk: AtomicBool,
 }
 
 impl<S: Storage> Disk<S> {
@@ -100,7 +175,7 @@ impl<S: Storage> Disk<S> {
 
     /// Size in bytes.
     pub fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Acquire)
     }
 
     /// The file or device that the guest's data is in.
@@ -110,32 +185,13 @@ impl<S: Storage> Disk<S> {
 
     /// The grid of tracked blocks, if changes are tracked.
     pub fn block_grid(&self) -> Option<BlockGrid> {
-        self.tracker.as_ref().map(Tracker::grid)
+        self.tracker.as_ref().map(|tracker| tracker.load().grid())
     }
 
     /// The last instant that was taken, or the beginning of the generation: what changed since
     /// then is what is marked in the current epoch.
     pub fn change_id(&self) -> ChangeId {
         ChangeId { generation: self.history.generation, epoch: self.history.epoch().previous() }
-    }
-
-    /// The epoch in which `since` ends, if changes since then up to `snapshot` can be told in full.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSince`] if it belongs to another history or to a later instant.
-    pub fn resolve(&self, since: ChangeId, snapshot: &Snapshot<S>) -> Result<Epoch, Error> {
-        let refuse = |reason: &str| Error::UnknownSince {
-            disk: self.name.clone(),
-            since: since.to_string(),
-            reason: reason.to_owned(),
-        };
-        if since.generation != snapshot.generation {
-            return Err(refuse("it belongs to another generation"));
-        }
-        if since.epoch > snapshot.epoch {
-            return Err(refuse("it is later than the snapshot"));
-        }
-        Ok(since.epoch)
     }
 
     /// A counter for one more queue, or other source of changes.
@@ -148,12 +204,24 @@ impl<S: Storage> Disk<S> {
         self.store.bytes_taken()
     }
 
+    /// Bytes of slots that are kept because records of appends that failed may name them.
+    pub fn bytes_orphaned(&self) -> u64 {
+        self.appender.bytes_orphaned()
+    }
+
     /// Reads from the live disk.
     ///
     /// # Panics
     /// If the range passes the disk's end; requests are checked where they enter.
     pub async fn read(&self, io: &S, at: u64, into: Target<'_>) -> Result<(), Error> {
-        self.check(at, into.len() as u64);
+        let range = self.check(at, into.len() as u64);
+        if self.rewind.load().is_some() {
+            return Box::pin(self.read_rewinding(io, range, into)).await;
+        }
+        self.read_image(io, at, into).await
+    }
+
+    pub(crate) async fn read_image(&self, io: &S, at: u64, into: Target<'_>) -> Result<(), Error> {
         io.read(&self.image, at, into).await.map_err(Error::io("reading the image"))
     }
 
@@ -170,8 +238,21 @@ impl<S: Storage> Disk<S> {
         durability: Durability,
     ) -> Result<(), Error> {
         let range = self.check(at, from.len() as u64);
-        let _pass = self.gate.enter(lane).await;
-        self.before_change(io, lane, range).await;
+        let _pass = self.admit(io, lane, range).await?;
+        // Within the gate: a rewind begins behind a closed one.
+        if self.rewind.load().is_some() {
+            return Box::pin(self.write_rewinding(io, range, from, durability)).await;
+        }
+        self.write_image(io, at, from, durability).await
+    }
+
+    pub(crate) async fn write_image(
+        &self,
+        io: &S,
+        at: u64,
+        from: Source<'_>,
+        durability: Durability,
+    ) -> Result<(), Error> {
         io.write(&self.image, at, from, durability).await.map_err(Error::io("writing the image"))
     }
 
@@ -181,19 +262,30 @@ impl<S: Storage> Disk<S> {
     /// Once a flush has failed all later ones fail: the kernel may have dropped what it could not
     /// write, and would report the next flush as a success.
     pub async fn flush(&self, io: &S) -> Result<(), Error> {
-        if self.poisoned.load(SeqCst) {
-            return Err(Error::Poisoned);
+        if self.rewind.load().is_some() {
+            return Box::pin(self.flush_rewinding(io)).await;
         }
+        self.flush_image(io).await
+    }
+
+    pub(crate) async fn flush_image(&self, io: &S) -> Result<(), Error> {
+        self.check_poisoned()?;
         io.sync(&self.image).await.map_err(|source| {
-            self.control.note_flush_failed(true);
-            self.poisoned.store(true, SeqCst);
-            log::error!(
-                "{}: flushing the image failed, no flush can be trusted any more: {source}",
-                self.name
-            );
+            self.poison(&format!("flushing the image failed: {source}"));
             Error::Io { what: "flushing the image", source }
         })?;
         // The kernel tells a failure once: of two flushes at the same time the other one succeeds.
+        self.check_poisoned()
+    }
+
+    /// Lets every later flush fail.
+    pub(crate) fn poison(&self, reason: &str) {
+        self.control.note_flush_failed(true);
+        self.poisoned.store(true, SeqCst);
+        log::error!("{}: no flush can be trusted any more: {reason}", self.name);
+    }
+
+    pub(crate) fn check_poisoned(&self) -> Result<(), Error> {
         if self.poisoned.load(SeqCst) { Err(Error::Poisoned) } else { Ok(()) }
     }
 
@@ -204,8 +296,10 @@ impl<S: Storage> Disk<S> {
     /// If `range` passes the disk's end; requests are checked where they enter.
     pub async fn discard(&self, io: &S, lane: Lane, range: ByteRange) -> Result<(), Error> {
         self.check(range.start(), range.len());
-        let _pass = self.gate.enter(lane).await;
-        self.before_change(io, lane, range).await;
+        let _pass = self.admit(io, lane, range).await?;
+        if self.rewind.load().is_some() {
+            return Box::pin(self.discard_rewinding(io, range)).await;
+        }
         match io.zero(&self.image, range, Zeroing::Unmap).await {
             Err(error) if error.kind() == std::io::ErrorKind::Unsupported => Ok(()),
             result => result.map_err(Error::io("discarding a range of the image")),
@@ -225,9 +319,12 @@ impl<S: Storage> Disk<S> {
         durability: Durability,
     ) -> Result<(), Error> {
         self.check(range.start(), range.len());
-        let _pass = self.gate.enter(lane).await;
-        self.before_change(io, lane, range).await;
-        self.zero(io, range, zeroing).await?;
+        let _pass = self.admit(io, lane, range).await?;
+        if self.rewind.load().is_some() {
+            Box::pin(self.zero_rewinding(io, range, zeroing)).await?;
+        } else {
+            self.zero(io, range, zeroing).await?;
+        }
         match durability {
             Durability::Cached => Ok(()),
             Durability::Durable => self.flush(io).await,
@@ -235,7 +332,7 @@ impl<S: Storage> Disk<S> {
     }
 
     /// Zeros by the file system's means, else by writing zeros.
-    async fn zero(&self, io: &S, range: ByteRange, zeroing: Zeroing) -> Result<(), Error> {
+    pub(crate) async fn zero(&self, io: &S, range: ByteRange, zeroing: Zeroing) -> Result<(), Error> {
         let unsupported = |error: &std::io::Error| error.kind() == std::io::ErrorKind::Unsupported;
         let fail = || Error::io("zeroing a range of the image");
         let mut result = io.zero(&self.image, range, zeroing).await;
@@ -258,50 +355,86 @@ impl<S: Storage> Disk<S> {
 
     /// Everything that must have happened before `range` changes. Inside the gate.
     ///
-    /// Cannot fail: what cannot be preserved breaks the snapshot, not the guest's change.
-    async fn before_change(&self, io: &S, lane: Lane, range: ByteRange) {
+    /// Fails only if the operator chose so: otherwise what cannot be preserved breaks the snapshot.
+    pub(crate) async fn before_change(
+        &self,
+        io: &S,
+        lane: Lane,
+        range: ByteRange,
+        give_up: Option<GiveUp>,
+    ) -> Result<(), Box<Stuck>> {
         if range.is_empty() {
-            return;
+            return Ok(());
         }
         let epoch = self.history.epoch();
+        let tracker = self.tracker.as_ref().map(ArcSwap::load);
         let newest = self.newest.load();
         let newest = newest.as_ref().filter(|snapshot| snapshot.broken().is_none());
         if let Some(snapshot) = newest {
-            let frozen = self.tracker.as_ref().is_none_or(|tracker| tracker.is_open(range, epoch));
-            let grains = grains_of(range);
-            let preserved = frozen && grains.clone().all(|grain| snapshot.has(Key::grain(grain)));
+            let frozen = tracker.as_ref().is_none_or(|tracker| tracker.is_open(range, epoch));
+            let mut grains = kept_grains(snapshot, range);
+            let preserved = frozen && grains.all(|grain| snapshot.has(Key::grain(grain)));
             if !preserved {
                 // Rare beside the other ways through here, and its state is large: kept out of
                 // the future that every request carries.
                 let snapshot = Arc::clone(snapshot);
-                return Box::pin(self.mark_and_preserve(io, lane, snapshot, range)).await;
+                drop(tracker);
+                return Box::pin(self.mark_and_preserve(io, lane, snapshot, range, give_up)).await;
             }
         }
-        if let Some(tracker) = &self.tracker {
+        if let Some(tracker) = tracker {
             tracker.mark(range, epoch);
         }
+        if !self.is_covered(range) {
+            Box::pin(self.cover(io, range)).await;
+        }
+        Ok(())
     }
 
-    async fn mark_and_preserve(&self, io: &S, lane: Lane, snapshot: Arc<Snapshot<S>>, range: ByteRange) {
+    /// Freezes the pages of the map that `range` is about to mark, into `snapshot` if anybody still
+    /// preserves into it, then marks. Inside the gate. Fails only if the operator chose so.
+    pub(crate) async fn freeze_and_mark(
+        &self,
+        io: &S,
+        lane: Lane,
+        snapshot: Option<&Arc<Snapshot<S>>>,
+        range: ByteRange,
+        give_up: Option<GiveUp>,
+    ) -> Result<(), Box<Stuck>> {
+        let Some(tracker) = self.tracker.as_ref().map(ArcSwap::load_full) else { return Ok(()) };
+        if let Some(snapshot) = snapshot
+            && let Err(error) = self.freeze(io, lane, &tracker, snapshot, range).await
+        {
+            self.give_way(io, snapshot, error, give_up).await?;
+        }
+        // Only now: a mark made earlier would be in the frozen page's place.
+        tracker.mark(range, self.history.epoch());
+        Ok(())
+    }
+
+    async fn mark_and_preserve(
+        &self,
+        io: &S,
+        lane: Lane,
+        snapshot: Arc<Snapshot<S>>,
+        range: ByteRange,
+        give_up: Option<GiveUp>,
+    ) -> Result<(), Box<Stuck>> {
         let preserving = snapshot.begin_preserving();
-        if let Some(tracker) = &self.tracker {
-            if preserving.is_some()
-                && let Err(error) = self.freeze(io, lane, tracker, &snapshot, range).await
-            {
-                self.break_snapshot(io, &snapshot, &error).await;
-            }
-            // Only now: a mark made earlier would be in the frozen page's place.
-            tracker.mark(range, self.history.epoch());
+        self.freeze_and_mark(io, lane, preserving.is_some().then_some(&snapshot), range, give_up).await?;
+        if !self.is_covered(range) {
+            self.cover(io, range).await;
         }
         if preserving.is_none() {
-            return;
+            return Ok(());
         }
-        let grains = grains_of(range);
+        let grains = kept_grains(&snapshot, range);
         let keys = Key::grain(grains.start)..Key::grain(grains.end);
         let old =
             async |keys: std::ops::Range<Key>, buffer: &mut [u8]| self.read_grains(io, keys, buffer).await;
-        if let Err(error) = preserve(io, self, lane, &snapshot, keys, old).await {
-            self.break_snapshot(io, &snapshot, &error).await;
+        match preserve(io, self, lane, &snapshot, keys, old).await {
+            Ok(()) => Ok(()),
+            Err(error) => self.give_way(io, &snapshot, error, give_up).await,
         }
     }
 
@@ -325,11 +458,13 @@ impl<S: Storage> Disk<S> {
         };
         // A snapshot of another generation is asked for its content, never for its changes.
         let wanted = snapshot.tracked && snapshot.generation == self.history.generation;
+        let known = tracker.pages_of(ByteRange::new(0, snapshot.capacity)).end;
         for page in tracker.pages_of(range) {
             if tracker.is_page_open(page, epoch) {
                 continue;
             }
-            if wanted {
+            // One that is wholly past the snapshot's end says nothing of it.
+            if wanted && page < known {
                 preserve(io, self, lane, snapshot, Key::map_page(page)..Key::map_page(page + 1), &old)
                     .await?;
             }
@@ -341,7 +476,7 @@ impl<S: Storage> Disk<S> {
     /// Fills `buffer` with the grains of `keys` as the live disk has them; zeros past its end.
     async fn read_grains(&self, io: &S, keys: std::ops::Range<Key>, buffer: &mut [u8]) -> Result<(), Error> {
         let start = keys.start.to_raw() * GRAIN as u64;
-        let len = (self.capacity - start).min(buffer.len() as u64);
+        let len = (self.capacity() - start).min(buffer.len() as u64);
         let (part, past) = buffer.split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));
         past.fill(0);
         io.read(&self.image, start, Target::of(part))
@@ -363,6 +498,8 @@ impl<S: Storage> Disk<S> {
         }
         let code = if error.is_out_of_space() { "store-full" } else { error.code() };
         self.announce(snapshot, code, &reason);
+        // Nobody waits for the sake of a broken one.
+        self.holds.retry();
         let older: Vec<_> =
             self.chain.now().iter().filter(|one| one.sequence < snapshot.sequence).cloned().collect();
         let with = format!("it needs snapshot '{}', which broke: {reason}", snapshot.name);
@@ -401,7 +538,7 @@ impl<S: Storage> Disk<S> {
     /// Looks whether what was written for snapshots reached its medium, and breaks those for which it
     /// did not: the page cache may have dropped what a full or failing device refused.
     ///
-    /// To be called now and then; costs nothing if nothing was written since.
+    /// To be called now and then, after [`Disk::ease_stores`]; costs nothing if nothing was written since.
     pub async fn check_stores(&self, io: &S) {
         if self.store.has_grown() {
             self.sync_store(io).await;
@@ -411,12 +548,41 @@ impl<S: Storage> Disk<S> {
         }
     }
 
+    /// Keeps the page cache that the store takes within bounds: some of what was written long ago leaves it.
+    /// Answers whether there is more. Blocks the thread; what is lost on the way breaks the snapshots.
+    pub async fn write_behind(&self, io: &S) -> bool {
+        let done = self.store.write_behind(io);
+        self.or_break(io, done).await
+    }
+
+    /// Writes a little of the store back that [`Disk::check_stores`] would have to write at once, beside guests;
+    /// whether there was something. Blocks the thread; what is lost on the way breaks the snapshots.
+    pub async fn ease_stores(&self, io: &S) -> bool {
+        let done = self.store.ease(io);
+        self.or_break(io, done).await
+    }
+
+    /// Whether there is more to write back; what was lost breaks all that may have content in it.
+    async fn or_break(&self, io: &S, done: Result<bool, Error>) -> bool {
+        match done {
+            Ok(more) => more,
+            Err(error) => {
+                if let Some(newest) = self.chain.now().last() {
+                    self.break_snapshot(io, newest, &error).await;
+                }
+                false
+            }
+        }
+    }
+
     /// Makes the store durable, or breaks all that may have content in it.
     pub(crate) async fn sync_store(&self, io: &S) {
+        // A failure is told once: who comes second must find broken what the first lost.
+        let _one = self.syncing.claim(0..1).await;
+        let Err(error) = self.store.sync(io).await else { return };
+        // Looked for only now: one that was taken meanwhile may have lost content too.
         let newest = self.chain.now().last().cloned();
-        if let Err(error) = self.store.sync(io).await
-            && let Some(newest) = newest
-        {
+        if let Some(newest) = newest {
             self.break_snapshot(io, &newest, &error).await;
         }
     }
@@ -446,16 +612,25 @@ impl<S: Storage> Disk<S> {
     /// Checks that `len` bytes at `at` are on the disk.
     fn check(&self, at: u64, len: u64) -> ByteRange {
         let range = ByteRange::at(at, len);
-        match range.filter(|range| range.end() <= self.capacity) {
+        let capacity = self.capacity();
+        match range.filter(|range| range.end() <= capacity) {
             Some(range) => range,
-            None => panic!("{len} bytes at {at} pass the end of the disk at {}", self.capacity),
+            None => panic!("{len} bytes at {at} pass the end of the disk at {capacity}"),
         }
     }
 }
 
-fn grains_of(range: ByteRange) -> std::ops::Range<u64> {
+pub(crate) fn grains_of(range: ByteRange) -> std::ops::Range<u64> {
     const SHIFT: u32 = GRAIN.trailing_zeros();
     (range.start() >> SHIFT)..range.end().div_ceil(GRAIN as u64)
+}
+
+/// The grains of `range` that `snapshot` has to keep: none past its end, which a resize may have moved away
+/// from the disk's.
+fn kept_grains<S: Storage>(snapshot: &Snapshot<S>, range: ByteRange) -> std::ops::Range<u64> {
+    const SHIFT: u32 = GRAIN.trailing_zeros();
+    let first = range.start() >> SHIFT;
+    first..range.end().min(snapshot.capacity).div_ceil(GRAIN as u64).max(first)
 }
 
 impl Key {
@@ -466,7 +641,7 @@ impl Key {
 }
 
 /// The time of day in nanoseconds since 1970, or 0.
-fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok()).unwrap_or(0)
 }

@@ -5,11 +5,14 @@
 //! little-endian; checksums are CRC-32C, salted by what the structure is.
 //! Absent: when things are written, and in which order; `open`, `group` and `preserve` own that.
 
+use std::ops::Range;
+
 use cbt::{Epoch, Generation};
 use zerocopy::byteorder::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::index::{Key, Slot};
+use crate::overflow::{OnOverflow, Terms};
 use crate::tracker::Identity;
 
 /// Bytes of a header page, and of the unit in which headers are written.
@@ -36,8 +39,21 @@ pub(crate) enum DiskState {
     Clean,
     /// Being served, or left in a hurry.
     Serving,
+    /// As [`DiskState::Serving`], but the intent log could not be written: a stop of the host loses marks.
+    Unlogged,
     /// A new generation is being begun: the map is not to be trusted.
     Resetting,
+    /// As [`DiskState::Clean`], but a flush of the map had failed: it counts only until the host stops.
+    Doubtful,
+    /// As [`DiskState::Clean`], but the history was exported: it goes on elsewhere, see [`crate::handover`].
+    HandedOver,
+}
+
+impl DiskState {
+    /// Whether the disk was closed in order, and the image stamped.
+    pub(crate) fn is_closed(self) -> bool {
+        matches!(self, Self::Clean | Self::Doubtful)
+    }
 }
 
 /// A disk's superblock: two copies in turn, the newest valid one counts.
@@ -55,7 +71,11 @@ pub(crate) struct Superblock {
     pub(crate) block_bytes: u64,
     pub(crate) capacity: u64,
     pub(crate) identity: Identity,
+    /// The rewind that is in force; [`crate::rewind::NO_REWIND`] for none.
+    pub(crate) rewind: [u8; 16],
     pub(crate) path: String,
+    /// The capacity that a resize has begun to give the disk, larger than `capacity`.
+    pub(crate) growing_to: Option<u64>,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -76,11 +96,13 @@ struct RawSuperblock {
     inode: U64,
     image_len: U64,
     mtime_ns: I64,
+    rewind: [u8; 16],
     path: [u8; PATH_BYTES],
+    growing_to: U64,
     checksum: U32,
 }
 
-const _: () = assert!(size_of::<RawSuperblock>() == 1156);
+const _: () = assert!(size_of::<RawSuperblock>() == 1180);
 
 /// Where a snapshot is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +136,7 @@ pub(crate) struct SnapshotHeader {
     pub(crate) newer: u32,
     /// Why it is broken, if it is.
     pub(crate) broken: Option<Broken>,
+    pub(crate) terms: Terms,
 }
 
 /// Why and when a snapshot broke.
@@ -144,6 +167,9 @@ struct RawSnapshotHeader {
     newer: U32,
     broken_errno: U32,
     broken_ns: U64,
+    limit: U64,
+    on_overflow: U32,
+    hold_seconds: U32,
     name_len: U16,
     reason_len: U16,
     name: [u8; NAME_BYTES],
@@ -151,12 +177,12 @@ struct RawSnapshotHeader {
     checksum: U32,
 }
 
-const _: () = assert!(size_of::<RawSnapshotHeader>() == 760);
+const _: () = assert!(size_of::<RawSnapshotHeader>() == 776);
 
 const FLAG_TRACKED: u32 = 1;
 const FLAG_BROKEN: u32 = 2;
 
-/// One published key in an index file, after its head.
+/// One published key in an index file, after its head; or grains that were released.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct RawRecord {
@@ -187,7 +213,7 @@ pub(crate) fn page_of<T: IntoBytes + Immutable>(raw: &T) -> Box<[u8; PAGE]> {
 }
 
 /// The longest end of `text` that fits `max` bytes and begins at a character.
-fn tail(text: &str, max: usize) -> &str {
+pub(crate) fn tail(text: &str, max: usize) -> &str {
     let mut start = text.len().saturating_sub(max);
     while !text.is_char_boundary(start) {
         start += 1;
@@ -226,6 +252,9 @@ impl Superblock {
                 DiskState::Clean => 1,
                 DiskState::Serving => 2,
                 DiskState::Resetting => 3,
+                DiskState::Unlogged => 4,
+                DiskState::Doubtful => 5,
+                DiskState::HandedOver => 6,
             }),
             sequence: U64::new(self.sequence),
             disk: self.disk,
@@ -239,7 +268,9 @@ impl Superblock {
             inode: U64::new(self.identity.inode),
             image_len: U64::new(self.identity.len),
             mtime_ns: I64::new(self.identity.mtime_ns),
+            rewind: self.rewind,
             path: padded(path),
+            growing_to: U64::new(self.growing_to.unwrap_or(0)),
             checksum: U32::ZERO,
         };
         raw.checksum = checksum(&[&SUPERBLOCK_MAGIC, body(&raw)]);
@@ -264,6 +295,9 @@ impl Superblock {
                 1 => DiskState::Clean,
                 2 => DiskState::Serving,
                 3 => DiskState::Resetting,
+                4 => DiskState::Unlogged,
+                5 => DiskState::Doubtful,
+                6 => DiskState::HandedOver,
                 _ => return None,
             },
             epoch: Epoch::new(raw.epoch.get()),
@@ -275,7 +309,9 @@ impl Superblock {
                 len: raw.image_len.get(),
                 mtime_ns: raw.mtime_ns.get(),
             },
+            rewind: raw.rewind,
             path: text(&raw.path, usize::try_from(raw.path_len.get()).ok()?)?,
+            growing_to: Some(raw.growing_to.get()).filter(|&to| to > raw.capacity.get()),
         })
     }
 }
@@ -313,6 +349,13 @@ impl SnapshotHeader {
             newer: U32::new(self.newer),
             broken_errno: U32::new(broken.map_or(0, |broken| broken.errno)),
             broken_ns: U64::new(broken.map_or(0, |broken| broken.at_ns)),
+            limit: U64::new(self.terms.limit),
+            on_overflow: U32::new(match self.terms.on_overflow {
+                OnOverflow::BreakSnapshot => 1,
+                OnOverflow::HoldWrites => 2,
+                OnOverflow::FailWrites => 3,
+            }),
+            hold_seconds: U32::new(self.terms.hold_seconds),
             name_len: length(&self.name),
             reason_len: length(reason),
             name: padded(&self.name),
@@ -356,11 +399,39 @@ impl SnapshotHeader {
                 errno: raw.broken_errno.get(),
                 at_ns: raw.broken_ns.get(),
             }),
+            terms: Terms {
+                on_overflow: match raw.on_overflow.get() {
+                    1 => OnOverflow::BreakSnapshot,
+                    2 => OnOverflow::HoldWrites,
+                    3 => OnOverflow::FailWrites,
+                    _ => return None,
+                },
+                hold_seconds: raw.hold_seconds.get(),
+                limit: raw.limit.get(),
+            },
         })
     }
 }
 
+/// What a record says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// Where a key is.
+    Kept(Key, Slot),
+    /// Grains that readers have released.
+    Released(Range<u64>),
+}
+
 impl RawRecord {
+    /// A record of grains that were released, at `place` as below. Fewer than 2^32 grains.
+    pub(crate) fn released(disk: &[u8; 16], sequence: u32, place: u64, grains: &Range<u64>) -> Self {
+        let count = u32::try_from(grains.end - grains.start).unwrap_or(0);
+        let mut raw =
+            Self { key: U64::new(grains.start | Key::GRAINS), slot: U32::new(count), checksum: U32::ZERO };
+        raw.checksum = raw.expected(disk, sequence, place);
+        raw
+    }
+
     /// The record at `place` (0 for the first) of the index of snapshot `sequence`.
     pub(crate) fn new(disk: &[u8; 16], sequence: u32, place: u64, key: Key, slot: Slot) -> Self {
         let mut raw =
@@ -370,9 +441,34 @@ impl RawRecord {
     }
 
     /// What it says, or `None` if it was never written, or not whole.
-    pub(crate) fn check(&self, disk: &[u8; 16], sequence: u32, place: u64) -> Option<(Key, Slot)> {
-        (self.checksum == self.expected(disk, sequence, place))
-            .then(|| (Key::from_raw(self.key.get()), Slot::from_raw(self.slot.get())))
+    pub(crate) fn check(&self, disk: &[u8; 16], sequence: u32, place: u64) -> Option<Entry> {
+        if self.checksum != self.expected(disk, sequence, place) {
+            return None;
+        }
+        let (key, slot) = (self.key.get(), self.slot.get());
+        if key & Key::map_page(0).to_raw() == 0 && key & Key::GRAINS != 0 {
+            let first = key & !Key::GRAINS;
+            return Some(Entry::Released(first..first + u64::from(slot)));
+        }
+        Some(Entry::Kept(Key::from_raw(key), Slot::from_raw(slot)))
+    }
+
+    /// What the bytes at `place` say; `None` for a place that was not written.
+    ///
+    /// # Errors
+    /// If they are damaged: a record lies within a page, so it is written wholly or not at all.
+    pub(crate) fn read(
+        bytes: &[u8; RECORD],
+        disk: &[u8; 16],
+        sequence: u32,
+        place: u64,
+    ) -> Result<Option<Entry>, Damaged> {
+        let Ok(record) = Self::read_from_bytes(bytes) else { return Err(Damaged) };
+        match record.check(disk, sequence, place) {
+            None if bytes.iter().all(|&byte| byte == 0) => Ok(None),
+            None => Err(Damaged),
+            entry => Ok(entry),
+        }
     }
 
     /// Salted by the disk, the snapshot and the place, so that a record of another time or file,
@@ -382,6 +478,18 @@ impl RawRecord {
         let place = U64::new(place);
         checksum(&[b"record", disk, salt.as_bytes(), place.as_bytes(), body(self)])
     }
+}
+
+/// Bytes that are not what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Damaged;
+
+/// The version that a superblock or a snapshot's head says it has, if that is another one than here.
+pub(crate) fn other_version(page: &[u8; PAGE]) -> Option<u32> {
+    let (magic, rest) = page.split_at(8);
+    let known = magic == SUPERBLOCK_MAGIC || magic == SNAPSHOT_MAGIC;
+    let (version, _) = U32::read_from_prefix(rest).ok()?;
+    (known && version.get() != VERSION).then(|| version.get())
 }
 
 /// The file of a disk's superblock.
@@ -419,7 +527,9 @@ mod tests {
             block_bytes: 65536,
             capacity: 1 << 30,
             identity: Identity { device: 1, inode: 2, len: 1 << 30, mtime_ns: -5 },
+            rewind: [9; 16],
             path: "/vm/ä.img".into(),
+            growing_to: Some(2 << 30),
         }
     }
 
@@ -437,6 +547,7 @@ mod tests {
             name: "monday".into(),
             newer: 4,
             broken: Some(Broken { reason: "the store is full".into(), errno: 28, at_ns: 5 }),
+            terms: Terms { on_overflow: OnOverflow::HoldWrites, hold_seconds: 60, limit: 1 << 20 },
         }
     }
 
@@ -465,10 +576,13 @@ mod tests {
     #[test]
     fn a_record_holds_only_at_its_place() {
         let record = RawRecord::new(&[1; 16], 4, 77, Key::grain(5), Slot::At(6));
-        assert_eq!(record.check(&[1; 16], 4, 77), Some((Key::grain(5), Slot::At(6))));
+        assert_eq!(record.check(&[1; 16], 4, 77), Some(Entry::Kept(Key::grain(5), Slot::At(6))));
         assert_eq!(record.check(&[1; 16], 4, 78), None);
         assert_eq!(record.check(&[1; 16], 5, 77), None);
         assert_eq!(record.check(&[2; 16], 4, 77), None);
+        let record = RawRecord::released(&[1; 16], 4, 77, &(5..8));
+        assert_eq!(record.check(&[1; 16], 4, 77), Some(Entry::Released(5..8)));
+        assert_eq!(record.check(&[1; 16], 4, 78), None);
         let hole = RawRecord { key: U64::ZERO, slot: U32::ZERO, checksum: U32::ZERO };
         assert_eq!(hole.check(&[1; 16], 4, 0), None);
     }
@@ -516,9 +630,9 @@ mod tests {
     #[test]
     fn the_written_format_is_the_code() {
         let superblock = fields!(RawSuperblock: magic, version, state, sequence, disk, generation, boot, epoch,
-            path_len, block_bytes, capacity, device, inode, image_len, mtime_ns, path, checksum);
+            path_len, block_bytes, capacity, device, inode, image_len, mtime_ns, rewind, path, growing_to, checksum);
         let head = fields!(RawSnapshotHeader: magic, version, state, sequence, epoch, disk, group, generation,
-            capacity, created_ns, grain_bytes, flags, newer, broken_errno, broken_ns, name_len, reason_len, name, reason, checksum);
+            capacity, created_ns, grain_bytes, flags, newer, broken_errno, broken_ns, limit, on_overflow, hold_seconds, name_len, reason_len, name, reason, checksum);
         let record = fields!(RawRecord: key, slot, checksum);
         for (heading, size, fields) in [
             ("Superblock", size_of::<RawSuperblock>(), superblock),
@@ -541,6 +655,8 @@ mod tests {
         let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/snapshot-2.index")).unwrap();
         assert_eq!(SnapshotHeader::from_page(&page), Some(header()));
         let (record, _) = RawRecord::read_from_prefix(&page[PAGE..]).unwrap();
-        assert_eq!(record.check(&[1; 16], 3, 0), Some((Key::map_page(5), Slot::Zero)));
+        assert_eq!(record.check(&[1; 16], 3, 0), Some(Entry::Kept(Key::map_page(5), Slot::Zero)));
+        let (record, _) = RawRecord::read_from_prefix(&page[PAGE + RECORD..]).unwrap();
+        assert_eq!(record.check(&[1; 16], 3, 1), Some(Entry::Released(16..48)));
     }
 }

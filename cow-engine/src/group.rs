@@ -24,6 +24,7 @@ use cbt::{ChangeId, Epoch};
 use crate::disk::{Disk, with_sources};
 use crate::error::Error;
 use crate::format::{NAME_BYTES, SnapshotHeader, SnapshotState};
+use crate::overflow::Terms;
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 use crate::tracker::MAX_SNAPSHOTS;
@@ -70,26 +71,47 @@ pub struct Instant {
 /// to end; reads do not wait.
 ///
 /// # Errors
-/// [`Error::SnapshotExists`], [`Error::BadName`]; [`Error::GateTimeout`] if writes in flight did not end
+/// [`Error::SnapshotExists`], [`Error::CheckpointExists`], [`Error::BadName`], [`Error::RewindActive`]; [`Error::GateTimeout`] if writes in flight did not end
 /// within `deadline`; those of the files. After an error none of the disks has the snapshot.
 pub async fn create<S: Storage>(
-    _admin: &mut Admin,
+    admin: &mut Admin,
     io: &S,
     disks: &[Arc<Disk<S>>],
     name: &str,
     created_ns: u64,
     deadline: Duration,
 ) -> Result<Instant, Error> {
+    create_on(admin, io, disks, name, created_ns, deadline, Terms::default()).await
+}
+
+/// The same, on terms of its own.
+///
+/// # Errors
+/// As [`create`].
+pub async fn create_on<S: Storage>(
+    _admin: &mut Admin,
+    io: &S,
+    disks: &[Arc<Disk<S>>],
+    name: &str,
+    created_ns: u64,
+    deadline: Duration,
+    terms: Terms,
+) -> Result<Instant, Error> {
     check_name(name)?;
     for disk in disks {
+        disk.check_unwound()?;
         if disk.snapshot(name).is_ok() {
             return Err(Error::SnapshotExists { disk: disk.name.clone(), name: name.to_owned() });
+        }
+        // A name of a disk is one instant, whatever it is asked as.
+        if disk.checkpoint(name).is_ok() {
+            return Err(Error::CheckpointExists { disk: disk.name.clone(), name: name.to_owned() });
         }
     }
     let group = uuid::Uuid::new_v4().into_bytes();
     let mut prepared: Vec<Prepared<S>> = Vec::new();
     for disk in disks {
-        match prepare(io, disk, name, group, created_ns).await {
+        match prepare(io, disk, name, group, created_ns, terms).await {
             Ok(one) => prepared.push(one),
             Err(error) => {
                 abandon(io, &prepared).await;
@@ -132,6 +154,7 @@ async fn prepare<S: Storage>(
     name: &str,
     group: [u8; 16],
     created_ns: u64,
+    terms: Terms,
 ) -> Result<Prepared<S>, Error> {
     let epoch = disk.history.epoch();
     let next = epoch.next().ok_or_else(|| Error::EpochsExhausted { disk: disk.name.clone() })?;
@@ -144,11 +167,12 @@ async fn prepare<S: Storage>(
         generation: disk.history.generation,
         epoch,
         tracked: disk.tracker.is_some(),
-        capacity: disk.capacity,
+        capacity: disk.capacity(),
         created_ns,
         name: name.to_owned(),
         newer: 0,
         broken: None,
+        terms,
     };
     let made = async {
         disk.control.set_records(sequence, 0);
@@ -251,14 +275,15 @@ async fn withdraw<S: Storage>(io: &S, disk: &Disk<S>, sequence: u32) {
     }
 }
 
-/// Decides on snapshots that a stop left prepared, once all disks are open and before they are served.
+/// Decides on snapshots and checkpoints that a stop left prepared, once all disks are open and before they are served.
 ///
 /// Answers the names of snapshots that were dropped, with their disks.
 pub async fn settle<S: Storage>(
-    _admin: &mut Admin,
+    admin: &mut Admin,
     io: &S,
     disks: &[Arc<Disk<S>>],
 ) -> Result<Vec<(String, String)>, Error> {
+    crate::checkpoint::settle(admin, io, disks).await?;
     let all: Vec<_> = disks
         .iter()
         .flat_map(|disk| disk.chain.now().iter().map(|one| (disk.clone(), one.clone())).collect::<Vec<_>>())
@@ -311,12 +336,19 @@ impl<S: Storage> Disk<S> {
         Ok(next)
     }
 
+    /// The superblock as it was written last.
+    pub(crate) fn superblock_now(&self) -> crate::format::Superblock {
+        self.superblock.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Changes the superblock and writes it durably.
     pub(crate) async fn write_superblock(
         &self,
         io: &S,
         change: impl FnOnce(&mut crate::format::Superblock),
     ) -> Result<(), Error> {
+        // An administrative verb, or a queue that cannot write the intent log.
+        let _writer = self.superblock_writer.claim(0..1).await;
         let mut next = self.superblock.lock().unwrap_or_else(PoisonError::into_inner).clone();
         change(&mut next);
         next.sequence += 1;

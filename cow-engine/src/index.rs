@@ -16,17 +16,29 @@ pub(crate) struct Key(u64);
 
 impl Key {
     const MAP_PAGE: u64 = 1 << 63;
+    /// No grain has such an index; FORMAT.md gives it a meaning in records.
+    pub(crate) const GRAINS: u64 = 1 << 62;
 
     /// The grain with this index.
     pub(crate) fn grain(index: u64) -> Self {
-        debug_assert!(index < Self::MAP_PAGE);
+        debug_assert!(index < Self::GRAINS);
         Self(index)
+    }
+
+    /// The index of the grain that it is, if it is one.
+    pub(crate) fn as_grain(self) -> Option<u64> {
+        (self.0 < Self::GRAINS).then_some(self.0)
     }
 
     /// The page of the change map with this index.
     pub(crate) fn map_page(index: cbt::PageIndex) -> Self {
         debug_assert!(index < Self::MAP_PAGE);
         Self(index | Self::MAP_PAGE)
+    }
+
+    /// The first byte of the grain; `None` for a page of the map.
+    pub(crate) fn grain_start(self) -> Option<u64> {
+        self.as_grain().map(|grain| grain.saturating_mul(crate::format::GRAIN as u64))
     }
 
     /// As records on disk hold it.
@@ -69,6 +81,10 @@ const SHARDS: usize = 64;
 const FIRST: usize = 16;
 /// More tables than memory could hold.
 const TABLES: usize = 32;
+/// Keys that follow each other and lie together: their entries share a line of the cache.
+const GROUP: u64 = 4;
+/// Bits of a table's filter for each of its entries.
+const FILTER: usize = 4;
 
 struct Entry {
     /// The key plus one; zero while the entry is free.
@@ -76,9 +92,57 @@ struct Entry {
     slot: AtomicU32,
 }
 
+/// Entries by the hashes of their groups, and which hashes there may be: most keys that are looked for are in
+/// none of the tables, and a bit says so sooner than a probe.
+struct Table {
+    entries: Box<[Entry]>,
+    filter: Box<[AtomicU64]>,
+}
+
+impl Table {
+    fn new(size: usize) -> Self {
+        let entry = || Entry { key: AtomicU64::new(0), slot: AtomicU32::new(0) };
+        Self {
+            entries: (0..size).map(|_| entry()).collect(),
+            filter: (0..size * FILTER / 64).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// The word and the bit of the filter for a hash.
+    fn bit(&self, hash: usize) -> (&AtomicU64, u64) {
+        // Other bits of the hash than those that choose the entry.
+        let at = hash.rotate_right(29) & (self.filter.len() * 64 - 1);
+        (&self.filter[at / 64], 1 << (at % 64))
+    }
+
+    /// Entries from the one on where `key` is, if it is in this table.
+    fn probe(&self, key: Key, hash: usize) -> impl Iterator<Item = &Entry> {
+        #[allow(clippy::cast_possible_truncation, reason = "less than a group")]
+        let first = hash.wrapping_mul(GROUP as usize) + (key.0 % GROUP) as usize;
+        let mask = self.entries.len() - 1;
+        (0..self.entries.len()).map(move |step| &self.entries[(first + step) & mask])
+    }
+
+    fn find(&self, key: Key, hash: usize) -> Option<Slot> {
+        let (word, bit) = self.bit(hash);
+        // Set before the key is, by the same thread: who may rely on the key sees the bit.
+        if word.load(Relaxed) & bit == 0 {
+            return None;
+        }
+        for entry in self.probe(key, hash) {
+            match entry.key.load(Acquire) {
+                0 => return None,
+                held if held == key.0 + 1 => return Some(Slot::from_raw(entry.slot.load(Relaxed))),
+                _ => {}
+            }
+        }
+        None
+    }
+}
+
 /// Part of the index: tables of doubling size, filled one after the other and never moved.
 struct Shard {
-    tables: [OnceLock<Box<[Entry]>>; TABLES],
+    tables: [OnceLock<Table>; TABLES],
     /// Tables that exist.
     count: AtomicUsize,
     /// Entries in the last table. Held while inserting.
@@ -101,9 +165,16 @@ struct Filled {
     in_last: usize,
 }
 
+/// What part of an index was seen: so many of so many, neither is 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) seen: u64,
+    pub(crate) of: u64,
+}
+
 /// From key to slot, for one snapshot.
 ///
-/// Costs 16 bytes an entry, at most some 37 resident with the free room of the tables (filled to
+/// Costs 16.5 bytes an entry, at most some 38 resident with the free room of the tables (filled to
 /// 7/8); nothing for what was not touched.
 pub(crate) struct Index {
     shards: Box<[Shard]>,
@@ -122,7 +193,7 @@ impl Index {
         let (shard, hash) = self.place(key);
         // The last table holds half of all entries: begin there.
         let tables = &shard.tables[..shard.count.load(Acquire)];
-        tables.iter().rev().filter_map(OnceLock::get).find_map(|table| find(table, key, hash))
+        tables.iter().rev().filter_map(OnceLock::get).find_map(|table| table.find(key, hash))
     }
 
     /// Publishes `key`. What it stands for is in its slot already.
@@ -137,10 +208,7 @@ impl Index {
             n => filled.in_last * 8 >= (FIRST << (n - 1)) * 7,
         };
         if full {
-            let size = FIRST << filled.tables;
-            let fresh =
-                (0..size).map(|_| Entry { key: AtomicU64::new(0), slot: AtomicU32::new(0) }).collect();
-            let set = shard.tables[filled.tables].set(fresh);
+            let set = shard.tables[filled.tables].set(Table::new(FIRST << filled.tables));
             debug_assert!(set.is_ok(), "tables are added under the lock");
             *filled = Filled { tables: filled.tables + 1, in_last: 0 };
             shard.count.store(filled.tables, Release);
@@ -148,7 +216,9 @@ impl Index {
         let Some(table) = shard.tables[filled.tables - 1].get() else {
             unreachable!("the last table was added above or before")
         };
-        for entry in probe(table, hash) {
+        let (word, bit) = table.bit(hash);
+        word.fetch_or(bit, Relaxed);
+        for entry in table.probe(key, hash) {
             if entry.key.load(Relaxed) == 0 {
                 entry.slot.store(slot.to_raw(), Relaxed);
                 // A reader that sees the key sees the slot, and what was written into it.
@@ -161,10 +231,25 @@ impl Index {
     }
 
     /// Calls `each` with everything that was published before this was called, and perhaps more.
-    pub(crate) fn for_each(&self, mut each: impl FnMut(Key, Slot)) {
-        for shard in &self.shards {
+    pub(crate) fn for_each(&self, each: impl FnMut(Key, Slot)) {
+        self.for_each_in(SHARDS, each);
+    }
+
+    /// Calls `each` with some `most` of `all` keys, picked by chance; what part of all that is.
+    pub(crate) fn for_some(&self, most: u64, all: u64, each: impl FnMut(Key, Slot)) -> Part {
+        let (mut seen, of) = (SHARDS as u64, SHARDS as u64);
+        if all > most {
+            seen = u64::try_from(u128::from(of) * u128::from(most) / u128::from(all)).unwrap_or(of).max(1);
+        }
+        self.for_each_in(usize::try_from(seen).unwrap_or(SHARDS), each);
+        Part { seen, of }
+    }
+
+    /// Keys are in shards by their hashes, so some shards are a fair part of all.
+    fn for_each_in(&self, shards: usize, mut each: impl FnMut(Key, Slot)) {
+        for shard in &self.shards[..shards] {
             let tables = &shard.tables[..shard.count.load(Acquire)];
-            for entry in tables.iter().filter_map(OnceLock::get).flatten() {
+            for entry in tables.iter().filter_map(OnceLock::get).flat_map(|table| &table.entries) {
                 if let Some(key) = entry.key.load(Acquire).checked_sub(1) {
                     each(Key(key), Slot::from_raw(entry.slot.load(Relaxed)));
                 }
@@ -173,27 +258,11 @@ impl Index {
     }
 
     fn place(&self, key: Key) -> (&Shard, usize) {
-        let hash = self.hasher.hash_one(key.0);
+        let hash = self.hasher.hash_one(key.0 / GROUP);
         #[allow(clippy::cast_possible_truncation, reason = "any bits of a hash will do")]
         let hash = hash as usize;
         (&self.shards[hash % SHARDS], hash / SHARDS)
     }
-}
-
-fn probe(table: &[Entry], hash: usize) -> impl Iterator<Item = &Entry> {
-    let mask = table.len() - 1;
-    (0..table.len()).map(move |step| &table[(hash + step) & mask])
-}
-
-fn find(table: &[Entry], key: Key, hash: usize) -> Option<Slot> {
-    for entry in probe(table, hash) {
-        match entry.key.load(Acquire) {
-            0 => return None,
-            held if held == key.0 + 1 => return Some(Slot::from_raw(entry.slot.load(Relaxed))),
-            _ => {}
-        }
-    }
-    None
 }
 
 #[cfg(test)]

@@ -7,23 +7,40 @@
 #![deny(unsafe_code)]
 
 mod append;
+mod area;
+mod areas;
+mod behind;
 mod buffers;
 mod chain;
+pub mod checkpoint;
 mod claims;
+mod cover;
 mod disk;
 mod error;
 mod format;
+mod freed;
 mod gate;
 pub mod group;
+pub mod handover;
 #[allow(unsafe_code)]
 pub mod host;
 mod index;
+pub mod inspect;
+mod intent;
+mod mark;
 #[allow(unsafe_code)]
 pub mod memory;
 mod merge;
 mod open;
+mod overflow;
 mod overlay;
+mod picture;
 mod preserve;
+mod release;
+mod released;
+mod resize;
+mod rewind;
+mod sample;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod slots;
@@ -32,16 +49,23 @@ mod storage;
 mod store;
 mod tracker;
 mod view;
+mod walk;
 
 pub use cbt;
 
+pub use areas::{AreaKind, AreaSpec, OpenedArea};
+pub use checkpoint::{Checkpoint, Past, Until};
 pub use disk::{Disk, Event, EventSink};
 pub use error::Error;
 pub use gate::Lane;
 pub use merge::MERGE_STEP;
-pub use open::{DiskOptions, OpenReport, ResetReason};
+pub use open::{DiskOptions, OpenReport, ResetReason, StorePlan};
+pub use overflow::{OnOverflow, Terms};
 pub use overlay::Overlay;
+pub use picture::{Cell as PictureCell, Picture, RECENT as RECENT_EPOCHS};
+pub use rewind::RewindInfo;
 pub use snapshot::Snapshot;
 pub use storage::{Durability, Extent, Storage, Zeroing};
+pub use store::{AreaInfo, Budget};
 pub use tracker::Identity;
 pub use view::View;

@@ -24,9 +24,10 @@ use std::time::Duration;
 
 use crate::disk::Disk;
 use crate::error::Error;
-use crate::format::SnapshotState;
+use crate::format::{Entry, SnapshotState};
 use crate::group::Admin;
 use crate::index::{Key, Slot};
+use crate::rewind::Rewind;
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 
@@ -96,6 +97,7 @@ impl<S: Storage> Disk<S> {
         }
         self.chain.remove(snapshot.sequence);
         snapshot.end_preserving();
+        self.holds.retry();
         self.leaving().push(snapshot.clone());
         self.empty_leaving();
         Ok(())
@@ -116,14 +118,16 @@ impl<S: Storage> Disk<S> {
         if snapshot.is_preserving() {
             return false;
         }
+        let _deciding = self.deciding();
         if snapshot.emptied.swap(true, SeqCst) {
             return true;
         }
-        let sharers = self.sharers(snapshot);
+        let (sharers, rewind) = (self.sharers(snapshot), self.rewind.load_full());
         let mut slots = Vec::new();
         snapshot.for_each(|key, slot| {
             if let Slot::At(number) = slot
                 && !sharers.iter().any(|one| one.get(key) == Some(slot))
+                && !rewind.as_ref().is_some_and(|rewind| rewind.holds(key, slot))
             {
                 slots.push(number);
             }
@@ -134,7 +138,7 @@ impl<S: Storage> Disk<S> {
 
     /// Who may have slots of `snapshot`: the older neighbour, into which it was merged in part or
     /// wholly, and deleted ones, which are being merged.
-    fn sharers(&self, snapshot: &Snapshot<S>) -> Vec<Arc<Snapshot<S>>> {
+    pub(crate) fn sharers(&self, snapshot: &Snapshot<S>) -> Vec<Arc<Snapshot<S>>> {
         let list = self.chain.now();
         let older = list.iter().rev().find(|one| one.sequence < snapshot.sequence);
         let is_older = |one: &Arc<Snapshot<S>>| older.is_some_and(|older| Arc::ptr_eq(older, one));
@@ -145,24 +149,50 @@ impl<S: Storage> Disk<S> {
         others.cloned().collect()
     }
 
+    /// Ends a rewind that is complete, and puts its slots aside, but those that a snapshot has too.
+    pub(crate) fn end_rewind(&self, rewind: &Rewind<S>) {
+        // One decision: a release that goes on sees the rewind, or what it has left.
+        let _deciding = self.deciding();
+        self.rewind.store(None);
+        let (list, leaving) = (self.chain.now(), self.leaving());
+        let holders: Vec<_> =
+            list.iter().chain(leaving.iter()).filter(|one| !one.emptied.load(SeqCst)).collect();
+        let mut slots = Vec::new();
+        rewind.for_each_slot(|key, slot| {
+            if !holders.iter().any(|one| one.get(key) == Some(Slot::At(slot))) {
+                slots.push(slot);
+            }
+        });
+        self.store.discard(slots);
+    }
+
     fn leaving(&self) -> MutexGuard<'_, Vec<Arc<Snapshot<S>>>> {
         self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does a bounded part of the work that deletions and breaks left; whether there is more.
+    /// Does a bounded part of the work that deletions, breaks and rewinds left; whether there is more.
     ///
     /// To be called until there is none, now and then and after each deletion.
     ///
     /// # Errors
     /// Those of the files; it may be tried again.
     pub async fn maintain(&self, _admin: &mut Admin, io: &S) -> Result<bool, Error> {
-        self.collect(io).await?;
+        // What fails here does not keep space from those who wait for it.
+        let collected = self.collect(io).await;
         self.empty_leaving();
         self.empty_broken();
         self.appender.bury(&self.store);
-        let merging = self.merge(io).await?;
-        let sweeping = self.store.sweep(io, SWEEP).await;
-        Ok(merging || sweeping)
+        let merged = self.merge(io).await;
+        let merging = *merged.as_ref().unwrap_or(&false);
+        let rewinding = self.go_on_rewinding(io).await;
+        let (freed, sweeping) = self.store.sweep(io, SWEEP).await;
+        if freed || !merging && !sweeping {
+            // There is space, or there may be: nobody says when a file system has some again.
+            self.store.forgive();
+            self.holds.retry();
+        }
+        collected.and(merged)?;
+        Ok(merging || rewinding || sweeping)
     }
 
     /// Puts the slots of broken snapshots aside: whoever reads them is answered with an error.
@@ -232,17 +262,38 @@ impl<S: Storage> Disk<S> {
         if count == 0 {
             return Ok(false);
         }
-        let records = snapshot.read_records(io, from, count).await?;
-        let mut entries: Vec<(Key, Slot)> = records
-            .into_iter()
-            .flatten()
-            // Only what was published: the slot of a record whose writer failed may be another's by now.
-            .filter(|(key, slot)| snapshot.get(*key) == Some(*slot) && older.get(*key).is_none())
-            .collect();
+        // Places whose writers failed may lie past the end of the file.
+        let places = snapshot.places(io)?;
+        if u64::from(self.control.records(snapshot.sequence)) > places {
+            return Err(Error::Corrupt { what: "the end of a snapshot's index", at: places });
+        }
+        let there = places.saturating_sub(from).min(count);
+        let records = snapshot.read_records(io, from, there).await?;
+        let mut entries: Vec<(Key, Slot)> = Vec::new();
+        for record in records.into_iter().flatten() {
+            match record {
+                // Only what was published: the slot of a record whose writer failed may be another's by
+                // now. And nothing that was released in the older one, nor what is past its end: it is nothing to
+                // it, nor to any before it.
+                Entry::Kept(key, slot)
+                    if snapshot.get(key) == Some(slot) && !older.has(key) && older.reaches(key) =>
+                {
+                    entries.push((key, slot));
+                }
+                Entry::Kept(..) => {}
+                // Nobody looks through one that releases. Who does all the same has lost what it needs.
+                Entry::Released(_) => {
+                    return Err(Error::Corrupt { what: "a deleted snapshot's index", at: from });
+                }
+            }
+        }
         entries.sort_unstable_by_key(|(key, _)| *key);
         entries.dedup_by_key(|(key, _)| *key);
         if !entries.is_empty() {
             older.record(io, &self.control, &entries).await?;
+            // What is released from now on finds them published; what was released before is passed over.
+            let _deciding = self.deciding();
+            older.adopt(older.publish(&entries));
         }
         snapshot.merged.store(from + count, SeqCst);
         Ok(true)

@@ -8,38 +8,51 @@
 //! |---|---|---|---|
 //! | clean | as stamped | as it is | kept |
 //! | clean | changed | new generation | dropped |
+//! | clean, but a flush of the map had failed; another boot | any | new generation | dropped |
 //! | serving, same boot | same file and size | as it is (marks were made in the page cache) | kept |
-//! | serving, another boot | any | new generation | dropped |
+//! | serving, another boot | same file and size | what was hot counts as changed | dropped |
+//! | serving, another boot, without an intent log | any | new generation | dropped |
 //! | resetting | any | new generation | by the rows above |
+//! | handed over | any | new generation | dropped |
 //! | no valid superblock | any | new generation | dropped |
+//!
+//! An image that is longer than the disk is as it was left if a resize had begun to make it so: the disk is
+//! opened with its old size, and the resize finished ([`crate::resize`]).
+//! A rewind that was under way goes on in every row: its list of grains, its slots and what of them is back
+//! are durable by themselves. Where that cannot be, the disk is not opened; [`crate::rewind`] tells when.
 //!
 //! A map that is missing, or of a length that is not its own, takes the snapshots with it: its first page
 //! may have said that some are broken.
 
 use std::fmt;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use cbt::{BlockGrid, Cells, Epoch, Generation};
 
 use crate::append::Appender;
+use crate::areas::{self, AreaSpec, List};
 use crate::buffers::Buffers;
 use crate::chain::Chain;
+use crate::checkpoint::Checkpoints;
+use crate::claims::Claims;
 use crate::disk::{Disk, EventSink, with_sources};
 use crate::error::Error;
-use crate::format::{
-    self, Broken, DiskState, MAP_FILE, PAGE, STORE_FILE, SUPERBLOCK_FILE, SnapshotState, Superblock,
-};
+use crate::format::{self, Broken, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
 use crate::gate::Gate;
 use crate::index::Slot;
+use crate::intent::{self, INTENT_FILE, Intent};
 use crate::memory::{Source, Target};
+use crate::overflow::Holds;
 use crate::overlay::{Left, Overlays};
+use crate::rewind::{self, NO_REWIND};
 use crate::snapshot::Snapshot;
 use crate::storage::{Durability, Storage};
-use crate::store::Store;
+use crate::store::{Budget, Store};
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
+use crate::walk;
 
 /// What to open, and how.
 pub struct DiskOptions<S: Storage> {
@@ -61,6 +74,28 @@ pub struct DiskOptions<S: Storage> {
     pub events: EventSink,
     /// Records that one step of a merge takes in; see [`crate::MERGE_STEP`].
     pub merge_step: u64,
+    /// Where old content goes, and how much of it.
+    pub store: StorePlan,
+    /// Bytes of a region of the intent log, a power of two; by the disk's size if not said.
+    pub region_bytes: Option<u64>,
+}
+
+/// Where the old content of a disk goes, and how much of it.
+#[derive(Clone, Debug)]
+pub struct StorePlan {
+    /// Areas to keep old content in, in this order; in the state directory if there is none.
+    pub areas: Vec<AreaSpec>,
+    /// Bytes of old content of all snapshots of the disk, if there is a limit.
+    pub limit: Option<u64>,
+    /// The limit of all disks together.
+    pub shared: Arc<Budget>,
+}
+
+impl Default for StorePlan {
+    fn default() -> Self {
+        let shared = Arc::new(Budget::new("the difference stores of all disks"));
+        Self { areas: Vec::new(), limit: None, shared }
+    }
 }
 
 /// Why a new generation began.
@@ -81,6 +116,8 @@ pub enum ResetReason {
     Interrupted,
     /// The numbers of epochs were about to run out.
     EpochsExhausted,
+    /// The history was exported, and goes on elsewhere.
+    HandedOver,
 }
 
 impl ResetReason {
@@ -94,6 +131,7 @@ impl ResetReason {
             Self::BlockSizeChanged => "block-size-changed",
             Self::Interrupted => "interrupted",
             Self::EpochsExhausted => "epochs-exhausted",
+            Self::HandedOver => "handed-over",
         }
     }
 }
@@ -108,6 +146,7 @@ impl fmt::Display for ResetReason {
             Self::BlockSizeChanged => "another block size was asked for",
             Self::Interrupted => "an earlier reset was interrupted",
             Self::EpochsExhausted => "the numbers of epochs were running out",
+            Self::HandedOver => "the history was exported, and goes on elsewhere",
         })
     }
 }
@@ -123,14 +162,24 @@ pub struct OpenReport {
     pub kept: Vec<String>,
     /// Names of overlays that should have been kept and could not, with the reason.
     pub overlays_dropped: Vec<(String, String)>,
+    /// Files of checkpoints that could not be kept, with the reason.
+    pub checkpoints_lost: Vec<(String, String)>,
+    /// Areas of the difference store that are not there, with the reason; what broke with them is marked so.
+    pub areas_lost: Vec<(String, String)>,
     /// The last daemon did not close the disk.
     pub unclean: bool,
+    /// The snapshot that the disk is on its way back to, if it is.
+    pub rewinding: Option<String>,
+    /// Bytes that count as changed because the host stopped without a clean end.
+    pub presumed_changed: u64,
 }
 
 /// What the superblock and the image say together.
 struct Verdict {
     reset: Option<ResetReason>,
     keep_snapshots: bool,
+    /// Marks may be lost, where the intent log says so.
+    presume: bool,
 }
 
 impl<S: Storage> Disk<S> {
@@ -139,7 +188,8 @@ impl<S: Storage> Disk<S> {
     /// Snapshots that a stop left half made are decided by [`crate::group::settle`] afterwards.
     ///
     /// # Errors
-    /// [`Error::ForeignState`] if the directory belongs to another image; those of the files.
+    /// [`Error::ForeignState`] if the directory belongs to another image; [`Error::RewindLost`] if a rewind was
+    /// under way that cannot go on; those of the files.
     pub async fn open(io: &S, options: DiskOptions<S>) -> Result<(Arc<Self>, OpenReport), Error> {
         let fail = || Error::io("opening the state directory");
         let names = io.list(&options.dir).map_err(fail())?;
@@ -148,43 +198,85 @@ impl<S: Storage> Disk<S> {
         if let Some(found) = &found {
             check_owner(found, &options)?;
         }
-        let cells = cells_of::<S>(options.tracking, options.identity.len);
-        let mut verdict = judge(found.as_ref(), existed, &options);
+        let capacity = capacity_of(found.as_ref(), options.identity.len);
+        let cells = cells_of::<S::Cells>(options.tracking, capacity);
+        let old_map = open_map(io, &options.dir, &names)?;
+        let old_words = match &old_map {
+            Some((old, len)) => old_control(io, old, *len)?,
+            None => None,
+        };
+        let log_in_doubt = old_words.as_ref().is_some_and(|words| words.log_in_doubt(&options.boot));
+        let old_intent = match &found {
+            Some(found) if found.state != DiskState::Unlogged && !log_in_doubt => {
+                open_intent(io, &options.dir, &names, found).await?
+            }
+            _ => None,
+        };
+        let mut verdict = judge(found.as_ref(), existed, old_intent.is_some(), &options);
         if one_damaged {
             verdict.reset.get_or_insert(ResetReason::Damaged);
             verdict.keep_snapshots = false;
         }
-        let old_map = open_map(io, &options.dir, &names)?;
         let len = old_map.as_ref().map(|(_, len)| *len);
-        let fits = len == Some(bytes_of(cells));
+        let begun = found.as_ref().and_then(|found| found.growing_to);
+        let most = begun.map_or(cells, |to| cells_of::<S::Cells>(options.tracking, to).max(cells));
+        let fits = len.is_some_and(|len| (bytes_of(cells)..=bytes_of(most)).contains(&len));
         if !fits {
             verdict.reset.get_or_insert(ResetReason::Damaged);
         }
-        if !found.as_ref().is_some_and(|found| is_as_left::<S>(found, len)) {
+        if !found.as_ref().is_some_and(|found| is_as_left::<S::Cells>(found, len)) {
             // Its first page said which snapshots broke.
             verdict.keep_snapshots = false;
         }
         let mut report = OpenReport {
             reset: verdict.reset.clone(),
-            unclean: found.as_ref().is_some_and(|found| found.state != DiskState::Clean),
+            unclean: found
+                .as_ref()
+                .is_some_and(|found| !found.state.is_closed() && found.state != DiskState::HandedOver),
             ..OpenReport::default()
         };
-        let store = open_store(io, &options.dir, &names)?;
-        let store_len = store.len(io)?;
-        let mut next = next_superblock(found.as_ref(), &options, verdict.reset.is_some());
+        // What stands on the image as it was is lost with it.
+        let lost = report.reset.clone().or(verdict.presume.then_some(ResetReason::HostStopped));
+        let lost = lost.as_ref().map(ToString::to_string);
+        let this_boot = found.as_ref().is_some_and(|found| found.boot == options.boot);
+        let mut next = next_superblock(found.as_ref(), &options, capacity, verdict.reset.is_some());
+        let (id, plan) = (next.disk, &options.store);
+        let mut list = List::load(io, &options.dir, &names, &id).await?;
+        if !list.entries.is_empty() {
+            // A killed process may have written it and not flushed it.
+            list.save(io, &options.dir, &id).await?;
+        }
+        let store =
+            areas::open(io, &options.dir, &names, &id, &list, &plan.areas, plan.shared.clone()).await?;
+        let wanted =
+            areas::wanted(io, plan, &id, &store, &options.identity, existed && found.is_none()).await?;
+        report.areas_lost =
+            store.lost.iter().map(|lost| (lost.entry.path.clone(), lost.why.clone())).collect();
+        let void = this_boot && old_words.as_ref().is_some_and(Control::rewind_void);
+        let left = rewind::Found {
+            superblock: found.as_ref(),
+            one_damaged,
+            void,
+            boot: options.boot,
+            identity: options.identity,
+        };
+        let gate = Gate::new();
+        let rewind = rewind::load::<S>(io, &options.dir, &gate, &names, &left, &store).await?;
+        report.rewinding = rewind.as_ref().map(|rewind| rewind.snapshot().to_owned());
+        next.rewind = rewind.as_ref().map_or(NO_REWIND, |rewind| rewind.id());
         let mut chain = Vec::new();
         if verdict.keep_snapshots {
             let control = match &old_map {
                 Some((old, len)) => old_control(io, old, *len)?,
                 None => None,
             };
-            let remains = Remains { store_len, control };
+            let remains = Remains { store: &store, control };
             chain = load_chain(io, &options.dir, &next.disk, &names, &remains, &mut report).await?;
             if let Some((old, len)) = old_map.as_ref().filter(|_| !fits) {
                 take_notes(io, old, *len, &chain, &options.name).await?;
             }
         } else {
-            let reason = report.reset.as_ref().map_or_else(String::new, ResetReason::to_string);
+            let reason = lost.clone().unwrap_or_default();
             drop_snapshots(io, &options.dir, &next.disk, &names, &reason, &mut report).await?;
         }
         let left = Left {
@@ -192,74 +284,135 @@ impl<S: Storage> Disk<S> {
             disk: &next.disk,
             names: &names,
             chain: &chain,
-            reset: report.reset.as_ref().map(ToString::to_string),
+            reset: lost,
             boot: options.boot,
         };
         let (overlays, dropped) = Overlays::load(io, &left).await?;
         report.overlays_dropped = dropped;
-        if verdict.reset.is_some() {
+        let (checkpoints, lost) = Checkpoints::load(io, &options.dir, &names, report.unclean).await?;
+        report.checkpoints_lost = lost;
+        if let Some(reason) = &verdict.reset {
             // The old generation ends durably before its map is cleared or replaced: a stop between
             // the two must not leave a valid generation with an empty map.
             next.state = DiskState::Resetting;
             write_superblock(io, &file, &next).await?;
+            // Only now: until then it may still go on.
+            let ended = found.as_ref().map(|found| found.generation);
+            checkpoints.end_generation(io, &options.dir, ended, reason.code()).await;
         }
-        let this_boot = found.as_ref().is_some_and(|found| found.boot == options.boot);
-        let flush_failed = this_boot
-            && match &old_map {
-                Some((old, len)) => old_control(io, old, *len)?.is_some_and(|old| old.flush_failed()),
-                None => false,
-            };
+        let flush_failed = this_boot && old_words.as_ref().is_some_and(Control::flush_failed);
+        // A new one is all zero, and nothing of it is resident.
+        let is_new_map = old_map.is_none() || !fits;
         let map_file = match old_map {
-            Some((old, _)) if fits => old,
+            Some((old, len)) if fits => {
+                if next.growing_to.is_none() && len != bytes_of(cells) {
+                    // The resize is forgotten, and this before its last trace is.
+                    io.set_len(&old, bytes_of(cells)).map_err(Error::io("shortening the change map"))?;
+                }
+                old
+            }
             old => replace_map(io, &options.dir, old.is_some(), cells)?,
         };
         let mapped = Arc::new(io.map(&map_file, cells).map_err(Error::io("mapping the change map"))?);
-        let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, options.identity.len));
+        let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, capacity));
         let control = Control::new(mapped.clone());
         control.note_flush_failed(flush_failed);
+        // Of an earlier boot it says nothing.
+        control.note_rewind_void(void);
         if verdict.reset.is_some() {
-            if let Some(tracker) = &tracker {
-                tracker.clear();
+            if let Some(tracker) = tracker.as_ref().filter(|_| !is_new_map) {
+                clear_map(io, &map_file, tracker)?;
             }
-            io.sync_cells(&mapped).map_err(Error::io("flushing the change map"))?;
             next.sequence += 1;
             next.state = DiskState::Serving;
         }
+        let mut intent = old_intent.filter(|_| tracker.is_some() && verdict.reset.is_none());
+        if let (true, Some(intent), Some(tracker)) = (verdict.presume, &intent, &tracker) {
+            report.presumed_changed = presume_changed(intent, tracker, capacity, next.epoch);
+        }
+        // Durable before it is served: a map that was cleared, what is presumed, and marks of which no log
+        // knows.
+        if verdict.reset.is_some() || verdict.presume || intent.is_none() {
+            io.sync_cells(&mapped).map_err(|source| {
+                control.note_map_in_doubt(&options.boot);
+                Error::Io { what: "flushing the change map", source }
+            })?;
+        }
+        if intent.is_none() && tracker.is_some() {
+            intent = Some(new_intent(io, &options, &names, &next.disk, capacity).await?);
+            control.note_log_in_doubt(&options.boot, false);
+        }
+        if control.map_in_doubt(&options.boot) {
+            // What a flush could not write is not written by a later one: a stop of the host ends the history.
+            next.state = DiskState::Unlogged;
+            if let Some(intent) = &intent {
+                intent.give_up();
+            }
+        }
         write_superblock(io, &file, &next).await?;
         overlays.begin(io).await?;
+        if rewind.is_none() {
+            // Only now: the superblock names none.
+            control.note_rewind_void(false);
+            rewind::remove_files(io, &options.dir)?;
+        }
         io.sync_dir(&options.dir).map_err(fail())?;
         note_broken(&control, &chain, &options.name);
         for snapshot in &chain {
             control.set_records(snapshot.sequence, snapshot.loaded_records());
         }
         claim_slots(&store, &chain)?;
-        store.tidy(io).await?;
+        if let Some(rewind) = &rewind {
+            rewind.for_each_slot(|_, slot| {
+                store.claim(slot);
+            });
+        }
+        let unused = chain.is_empty() && rewind.is_none();
+        areas::settle(io, &options.dir, &id, &mut list, &store, &plan.areas, unused).await?;
+        for candidate in wanted {
+            store.push(areas::adopt(io, &options.dir, &id, &mut list, candidate).await?);
+        }
+        store.tidy(io).await;
+        // What is there already may be more: it stays, and nothing is added.
+        store.budget.begin_limit(plan.limit);
         report.kept.extend(chain.iter().filter(|one| one.is_active()).map(|one| one.name.clone()));
         let disk = Arc::new(Self {
             name: options.name,
             id: next.disk,
             image: options.image,
             dir: options.dir,
-            capacity: options.identity.len,
-            gate: Gate::new(),
+            capacity: AtomicU64::new(capacity),
+            gate,
             history: History::new(next.generation, next.epoch),
-            tracker,
+            tracker: tracker.map(ArcSwap::from_pointee),
+            intent,
             control,
             newest: ArcSwapOption::new(chain.last().cloned()),
             last_sequence: AtomicU32::new(chain.last().map_or(0, |last| last.sequence)),
             chain: Chain::new(chain),
             leaving: Mutex::default(),
+            deciding: Mutex::default(),
             store,
+            areas: Mutex::new(list),
             merge_step: options.merge_step.max(1),
             appender: Appender::default(),
             buffers: Buffers::default(),
+            rewind: ArcSwapOption::new(rewind),
+            syncing: Claims::default(),
+            holds: Holds::default(),
             overlays,
+            checkpoints,
+            began: report.reset.as_ref().map(ResetReason::code),
             superblock: Mutex::new(next),
+            superblock_writer: Claims::default(),
             superblock_file: file,
             events: options.events,
             poisoned: AtomicBool::new(false),
+            handed_over: AtomicBool::new(false),
+            tracking_at_risk: AtomicBool::new(false),
         });
         disk.collect(io).await?;
+        disk.finish_resize(io).await;
         Ok((disk, report))
     }
 
@@ -290,11 +443,21 @@ impl<S: Storage> Disk<S> {
             snapshot.sync(io).await?;
         }
         self.overlays.close(io, &self.dir).await;
-        io.sync_cells(self.control.cells()).map_err(Error::io("flushing the change map"))?;
+        self.sync_map(io, &self.map_cells()).await?;
+        if let Some(intent) = &self.intent
+            && let Err(error) = intent.clear(io).await
+        {
+            log::debug!("{}: regions stay hot: {}", self.name, with_sources(&error));
+        }
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
         let identity = identity().map_err(Error::io("asking for the image's identity"))?;
         self.write_superblock(io, |superblock| {
-            superblock.state = DiskState::Clean;
+            if superblock.state == DiskState::HandedOver {
+                // With the identity of that instant.
+                return;
+            }
+            let doubt = self.control.map_in_doubt(&superblock.boot);
+            superblock.state = if doubt { DiskState::Doubtful } else { DiskState::Clean };
             superblock.identity = identity;
         })
         .await
@@ -311,34 +474,42 @@ async fn open_superblock<S: Storage>(
     if !existed {
         return Ok((io.create(&options.dir, SUPERBLOCK_FILE).map_err(fail())?, Copies::default()));
     }
-    let file = io.open(&options.dir, SUPERBLOCK_FILE).map_err(fail())?;
+    read_superblock(io, &options.dir).await
+}
+
+/// Opens the superblock's file, which is there, and reads its copies.
+pub(crate) async fn read_superblock<S: Storage>(io: &S, dir: &S::Dir) -> Result<(S::File, Copies), Error> {
+    let fail = || Error::io("opening the superblock");
+    let file = io.open(dir, SUPERBLOCK_FILE).map_err(fail())?;
     let len = io.len(&file).map_err(fail())?;
-    let mut copies = Copies::default();
-    for copy in 0..2 {
-        let at = copy * PAGE as u64;
-        if at + PAGE as u64 > len {
-            break;
-        }
-        let mut page = [0; PAGE];
-        io.read(&file, at, Target::of(&mut page)).await.map_err(fail())?;
-        match Superblock::from_page(&page) {
-            Some(found) => {
-                if copies.newest.as_ref().is_none_or(|newest| newest.sequence < found.sequence) {
-                    copies.newest = Some(found);
-                }
-            }
-            None => copies.one_damaged |= page.iter().any(|&byte| byte != 0),
+    let mut pages = [[0; PAGE]; 2];
+    for (page, at) in pages.iter_mut().zip([0, PAGE as u64]) {
+        if at + PAGE as u64 <= len {
+            io.read(&file, at, Target::of(page)).await.map_err(fail())?;
         }
     }
-    Ok((file, copies))
+    Ok((file, Copies::of(&pages)))
 }
 
 /// The copies of a superblock that were found.
 #[derive(Default)]
-struct Copies {
-    newest: Option<Superblock>,
+pub(crate) struct Copies {
+    pub(crate) newest: Option<Superblock>,
     /// One is neither valid nor unused: it may have been the newer one, which knew of later epochs.
-    one_damaged: bool,
+    pub(crate) one_damaged: bool,
+}
+
+impl Copies {
+    /// What the pages of the file say; zeros for one that is not there.
+    pub(crate) fn of(pages: &[[u8; PAGE]; 2]) -> Self {
+        let valid: Vec<Superblock> = pages.iter().filter_map(|page| Superblock::from_page(page)).collect();
+        let unused = pages.iter().filter(|page| page.iter().all(|&byte| byte == 0)).count();
+        let newest = valid.iter().max_by_key(|copy| copy.sequence).cloned();
+        // Once there was a second copy there always are two.
+        let both_used = newest.as_ref().is_some_and(|newest| newest.sequence > 1);
+        let one_damaged = valid.len() + unused < 2 || both_used && valid.len() < 2;
+        Self { newest, one_damaged }
+    }
 }
 
 /// Writes a superblock over the older of the two copies, durably.
@@ -364,22 +535,26 @@ fn check_owner<S: Storage>(found: &Superblock, options: &DiskOptions<S>) -> Resu
     Err(Error::ForeignState { owner: found.path.clone(), image: options.image_path.clone() })
 }
 
-fn judge<S: Storage>(found: Option<&Superblock>, existed: bool, options: &DiskOptions<S>) -> Verdict {
+fn judge<S: Storage>(
+    found: Option<&Superblock>,
+    existed: bool,
+    logged: bool,
+    options: &DiskOptions<S>,
+) -> Verdict {
     let Some(found) = found else {
         let reason = if existed { ResetReason::Damaged } else { ResetReason::New };
-        return Verdict { reset: Some(reason), keep_snapshots: false };
+        return Verdict { reset: Some(reason), keep_snapshots: false, presume: false };
     };
-    let (then, now) = (&found.identity, &options.identity);
-    let same_file = then.inode == now.inode && then.len == now.len && found.capacity == now.len;
-    let proved = match found.state {
-        // Device numbers may change with a boot; within one, a file keeps its own.
-        DiskState::Clean => same_file && then.mtime_ns == now.mtime_ns,
-        DiskState::Serving | DiskState::Resetting => {
-            same_file && then.device == now.device && found.boot == options.boot
-        }
-    };
+    if found.state == DiskState::HandedOver {
+        // Where the image is shared, another host's changes may leave no trace that is seen here.
+        return Verdict { reset: Some(ResetReason::HandedOver), keep_snapshots: false, presume: false };
+    }
+    let proved = is_proved(found, &options.identity, &options.boot);
+    // Another boot: marks may be lost, in hot regions only; and none where none were made.
+    let logged = logged || found.block_bytes == 0;
+    let presume = logged && is_presumable(found, &options.identity, &options.boot);
     let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
-    let reset = if !proved {
+    let reset = if !proved && !presume {
         let host = found.state != DiskState::Clean && found.boot != options.boot;
         Some(if host { ResetReason::HostStopped } else { ResetReason::ImageChanged })
     } else if found.state == DiskState::Resetting {
@@ -391,13 +566,83 @@ fn judge<S: Storage>(found: Option<&Superblock>, existed: bool, options: &DiskOp
     } else {
         None
     };
-    Verdict { reset, keep_snapshots: proved }
+    Verdict { reset, keep_snapshots: proved, presume }
+}
+
+/// Opens the intent log that a superblock's writer kept, if it is whole.
+async fn open_intent<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    names: &[String],
+    found: &Superblock,
+) -> Result<Option<Intent<S>>, Error> {
+    if !names.iter().any(|name| name == INTENT_FILE) {
+        return Ok(None);
+    }
+    let file = io.open(dir, INTENT_FILE).map_err(Error::io("opening the intent log"))?;
+    Intent::load(io, file, found.disk, found.capacity).await
+}
+
+/// Makes an intent log in place of any other. Its name is durable before the disk is served.
+async fn new_intent<S: Storage>(
+    io: &S,
+    options: &DiskOptions<S>,
+    names: &[String],
+    disk: &[u8; 16],
+    capacity: u64,
+) -> Result<Intent<S>, Error> {
+    let fail = || Error::io("making the intent log");
+    if names.iter().any(|name| name == INTENT_FILE) {
+        io.remove(&options.dir, INTENT_FILE).map_err(fail())?;
+    }
+    let file = io.create(&options.dir, INTENT_FILE).map_err(fail())?;
+    let region = options.region_bytes.unwrap_or_else(|| intent::region_bytes(capacity));
+    Intent::create(io, file, *disk, capacity, region).await
+}
+
+/// Marks everything in regions that were hot; how many bytes.
+fn presume_changed<S: Storage>(
+    intent: &Intent<S>,
+    tracker: &Tracker<S::Cells>,
+    capacity: u64,
+    epoch: Epoch,
+) -> u64 {
+    let hot = intent.hot_ranges(capacity);
+    for range in &hot {
+        tracker.mark(*range, epoch);
+    }
+    hot.iter().map(|range| range.len()).sum()
+}
+
+/// Whether the image is as the superblock's writer left it.
+pub(crate) fn is_proved(found: &Superblock, now: &Identity, boot: &[u8; 16]) -> bool {
+    let then = &found.identity;
+    let same_len = found.capacity == now.len || found.growing_to == Some(now.len);
+    let same_file = then.inode == now.inode && same_len;
+    let is_stamped = then.len == now.len && then.mtime_ns == now.mtime_ns;
+    match found.state {
+        // Device numbers may change with a boot; within one, a file keeps its own.
+        DiskState::Clean | DiskState::HandedOver => same_file && is_stamped,
+        DiskState::Doubtful => same_file && is_stamped && found.boot == *boot,
+        DiskState::Serving | DiskState::Unlogged | DiskState::Resetting => {
+            same_file && then.device == now.device && found.boot == *boot
+        }
+    }
+}
+
+/// Whether the image is the one that was served when the host stopped: what may have changed since the last
+/// marks that are on the medium, a whole intent log knows.
+pub(crate) fn is_presumable(found: &Superblock, now: &Identity, boot: &[u8; 16]) -> bool {
+    let same_len = found.capacity == now.len || found.growing_to == Some(now.len);
+    let same_file = found.identity.inode == now.inode && same_len;
+    found.state == DiskState::Serving && found.boot != *boot && same_file
 }
 
 /// The superblock to serve under.
 fn next_superblock<S: Storage>(
     found: Option<&Superblock>,
     options: &DiskOptions<S>,
+    capacity: u64,
     reset: bool,
 ) -> Superblock {
     let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
@@ -417,21 +662,31 @@ fn next_superblock<S: Storage>(
         state: DiskState::Serving,
         epoch,
         block_bytes,
-        capacity: options.identity.len,
+        capacity,
         identity: options.identity,
+        rewind: NO_REWIND,
         path: options.image_path.clone(),
+        growing_to: Some(options.identity.len).filter(|&len| len > capacity),
     }
 }
 
+/// The disk's size to begin with: the image's length, but for one that a resize had begun to make longer.
+fn capacity_of(found: Option<&Superblock>, image_len: u64) -> u64 {
+    let growing = found.filter(|found| found.growing_to == Some(image_len));
+    growing.map_or(image_len, |found| found.capacity)
+}
+
 /// Cells of the map of a disk, its control page included.
-fn cells_of<S: Storage>(tracking: Option<BlockGrid>, capacity: u64) -> usize {
-    tracking.map_or(CONTROL_CELLS, |grid| Tracker::<S::Cells>::cells_needed(grid, capacity))
+pub(crate) fn cells_of<C: Cells>(tracking: Option<BlockGrid>, capacity: u64) -> usize {
+    tracking.map_or(CONTROL_CELLS, |grid| Tracker::<C>::cells_needed(grid, capacity))
 }
 
 /// Whether the map is as long as the superblock's writer left it, or in the midst of being replaced.
-fn is_as_left<S: Storage>(found: &Superblock, len: Option<u64>) -> bool {
+pub(crate) fn is_as_left<C: Cells>(found: &Superblock, len: Option<u64>) -> bool {
     let tracking = BlockGrid::new(found.block_bytes).ok();
-    found.state == DiskState::Resetting || len == Some(bytes_of(cells_of::<S>(tracking, found.capacity)))
+    let cells = |capacity: u64| bytes_of(cells_of::<C>(tracking, capacity));
+    let lengths = cells(found.capacity)..=cells(found.growing_to.unwrap_or(found.capacity));
+    found.state == DiskState::Resetting || len.is_some_and(|len| lengths.contains(&len))
 }
 
 /// Opens the map's file, if there is one; its length in bytes.
@@ -488,7 +743,22 @@ fn replace_map<S: Storage>(io: &S, dir: &S::Dir, existed: bool, cells: usize) ->
     Ok(file)
 }
 
-fn bytes_of(cells: usize) -> u64 {
+/// Clears a map; pages in which nothing was ever marked are not touched.
+fn clear_map<S: Storage>(io: &S, map: &S::File, tracker: &Tracker<S::Cells>) -> Result<(), Error> {
+    // What was stored and not written yet may pass for a hole. Then nothing does, if that fails.
+    let all = io.sync_cells(tracker.cells()).is_err();
+    for pages in walk::strides(tracker.page_count()) {
+        let touched = if all {
+            vec![pages]
+        } else {
+            walk::touched(io, map, pages).map_err(Error::io("clearing the change map"))?
+        };
+        touched.into_iter().flatten().for_each(|page| tracker.clear_page(page));
+    }
+    Ok(())
+}
+
+pub(crate) fn bytes_of(cells: usize) -> u64 {
     cells as u64 * size_of::<u32>() as u64
 }
 
@@ -501,14 +771,14 @@ async fn load_chain<S: Storage>(
     dir: &S::Dir,
     disk: &[u8; 16],
     names: &[String],
-    remains: &Remains<S::Cells>,
+    remains: &Remains<'_, S>,
     report: &mut OpenReport,
 ) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
     let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
     let mut damaged = Vec::new();
     let mut lost: Option<String> = None;
     for sequence in sequences(names) {
-        let loaded = Snapshot::load(io, dir, disk, sequence, remains.store_len).await;
+        let loaded = Snapshot::load(io, dir, disk, sequence, Some(remains.store)).await;
         match loaded.and_then(|found| found.map(|one| remains.check_whole(one)).transpose()) {
             // A creation that did not come to its head.
             Ok(None) => Snapshot::<S>::remove_file(io, dir, sequence)?,
@@ -520,10 +790,13 @@ async fn load_chain<S: Storage>(
     let chain = without_unnamed(io, dir, chain)?;
     for at in (0..chain.len()).rev() {
         let newer = chain.get(at + 1);
-        if lost.is_none() && !leads_to(&chain[at], newer.map(|one| &**one)) {
+        if lost.is_none() && !leads_to(chain[at].newer(), newer.map(|one| one.sequence)) {
             let why = damaged.iter().find(|(sequence, _)| *sequence == chain[at].newer());
             let why = why.map_or("its index is gone", |(_, reason)| reason);
             lost = Some(format!("a newer snapshot is damaged: {why}"));
+        }
+        if let Some(why) = chain[at].lost.get() {
+            lost.get_or_insert_with(|| why.clone());
         }
         if let Some(reason) = &lost {
             log::warn!("snapshot '{}' is broken: {reason}", chain[at].name);
@@ -550,7 +823,7 @@ fn without_unnamed<S: Storage>(
     let mut kept: Vec<Arc<Snapshot<S>>> = Vec::new();
     for snapshot in chain {
         let is_named = kept.last().is_none_or(|older| older.newer() == snapshot.sequence);
-        if snapshot.state() != SnapshotState::Active && !is_named {
+        if is_unneeded(snapshot.state(), is_named) {
             Snapshot::<S>::remove_file(io, dir, snapshot.sequence)?;
         } else {
             kept.push(snapshot);
@@ -559,35 +832,38 @@ fn without_unnamed<S: Storage>(
     Ok(kept)
 }
 
-/// Whether what `older` does not have is to be looked for in `newer`, the next one that is there.
-fn leads_to<S: Storage>(older: &Snapshot<S>, newer: Option<&Snapshot<S>>) -> bool {
-    older.newer() == newer.map_or(0, |newer| newer.sequence)
+/// Whether a snapshot whose head names number `named` leads on to `newer`, the next one that is there.
+pub(crate) fn leads_to(named: u32, newer: Option<u32>) -> bool {
+    named == newer.unwrap_or(0)
+}
+
+/// Whether an index has fewer records than were published.
+///
+/// They are counted modulo 2^32, and there may be some more, which were not published.
+pub(crate) fn is_short(found: u32, published: u32) -> bool {
+    found.wrapping_sub(published).cast_signed() < 0
+}
+
+/// Whether nobody needs a snapshot in this state, which its older neighbour names or does not.
+pub(crate) fn is_unneeded(state: SnapshotState, is_named: bool) -> bool {
+    state != SnapshotState::Active && !is_named
 }
 
 /// What else was left that tells whether snapshots are whole.
-struct Remains<C> {
-    store_len: u64,
-    control: Option<Control<C>>,
+struct Remains<'a, S: Storage> {
+    store: &'a Store<S>,
+    control: Option<Control<S::Cells>>,
 }
 
-impl<C: Cells> Remains<C> {
+impl<S: Storage> Remains<'_, S> {
     /// Refuses a snapshot whose index has fewer records than were published.
-    fn check_whole<S: Storage>(&self, snapshot: Snapshot<S>) -> Result<Snapshot<S>, Error> {
+    fn check_whole(&self, snapshot: Snapshot<S>) -> Result<Snapshot<S>, Error> {
         let published = self.control.as_ref().map_or(0, |control| control.records(snapshot.sequence));
-        // Counted modulo 2^32: there may be some more, which were not published.
-        let more = snapshot.loaded_records().wrapping_sub(published).cast_signed();
-        if snapshot.broken().is_none() && more < 0 {
+        if snapshot.broken().is_none() && is_short(snapshot.loaded_records(), published) {
             return Err(Error::Corrupt { what: "the end of a snapshot's index", at: snapshot.records() });
         }
         Ok(snapshot)
     }
-}
-
-/// Opens or makes the file of the difference store.
-fn open_store<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<Store<S>, Error> {
-    let found = names.iter().any(|name| name == STORE_FILE);
-    let file = if found { io.open(dir, STORE_FILE) } else { io.create(dir, STORE_FILE) };
-    Ok(Store::new(file.map_err(Error::io("opening the difference store"))?))
 }
 
 /// Takes the slots that the records of snapshots name. A broken one has given up its own.
@@ -620,7 +896,7 @@ async fn drop_snapshots<S: Storage>(
     report: &mut OpenReport,
 ) -> Result<(), Error> {
     for sequence in sequences(names) {
-        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence, u64::MAX).await
+        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence, None).await
             && snapshot.state() == SnapshotState::Active
         {
             report.dropped.push((snapshot.name.clone(), reason.to_owned()));
@@ -630,8 +906,26 @@ async fn drop_snapshots<S: Storage>(
     Ok(())
 }
 
+/// The names of the snapshots of a disk that is not open, oldest first, as far as their heads can be read.
+pub(crate) async fn names_of_snapshots<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    disk: &[u8; 16],
+    names: &[String],
+) -> Vec<String> {
+    let mut found = Vec::new();
+    for sequence in sequences(names) {
+        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence, None).await
+            && snapshot.is_active()
+        {
+            found.push(snapshot.name.clone());
+        }
+    }
+    found
+}
+
 /// The numbers of snapshots that have files, ascending.
-fn sequences(names: &[String]) -> Vec<u32> {
+pub(crate) fn sequences(names: &[String]) -> Vec<u32> {
     let mut all: Vec<u32> = names.iter().filter_map(|name| format::sequence_of(name)).collect();
     all.sort_unstable();
     all.dedup();

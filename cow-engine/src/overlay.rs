@@ -39,8 +39,10 @@ use crate::memory::{AlignedBuf, Source, Target};
 use crate::storage::{Durability, Extent, Storage, Zeroing};
 use crate::view::View;
 
+pub(crate) use head::{Head as OverlayHead, cells_file, data_file, head_file, number_of};
 use layer::Layer;
-pub(crate) use registry::{Left, Overlays};
+pub(crate) use layer::{len_of_cells, remove_files};
+pub(crate) use registry::{Left, Overlays, numbers};
 
 /// Bytes that are held in memory at once for a request; a multiple of a grain.
 const PIECE: u64 = 256 << 10;

@@ -3,10 +3,13 @@
 //! Invariant: look-up, copy and publication of a key happen under its one claim.
 //! Absent: the choice of *whether* to preserve. [`crate::Disk`] decides, this module does.
 
+use std::future::poll_fn;
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::fence;
+use std::task::Poll;
 
 use crate::append::Item;
 use crate::disk::Disk;
@@ -17,8 +20,12 @@ use crate::index::Key;
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 
-/// Keys that are copied together at most: 1 MiB of grains.
-const MAX_RUN: u64 = (1 << 20) / GRAIN as u64;
+/// Keys that are copied together at most: 256 KiB of grains. The longer the pieces, the longer the image
+/// waits while one is appended; the shorter, the more transfers there are.
+const MAX_RUN: u64 = (256 << 10) / GRAIN as u64;
+
+/// Pieces of a long range that are under way at a time.
+const ABREAST: u64 = 4;
 
 /// Preserves what `snapshot` does not have of `keys`; `old` fills a buffer with their content.
 ///
@@ -33,11 +40,51 @@ pub(crate) async fn preserve<S: Storage>(
     old: impl AsyncFn(Range<Key>, &mut [u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let (mut at, end) = (keys.start.to_raw(), keys.end.to_raw());
-    while let Some(run) = missing(snapshot, at..end) {
-        let claim = snapshot.claims.claim(run).await;
+    let piece = async |keys: Range<u64>| preserve_piece(io, disk, lane, snapshot, keys, &old).await;
+    while end - at > MAX_RUN {
+        // One is read while another is appended, each with claims of its own.
+        let here = at..end.min(at + ABREAST * MAX_RUN);
+        at = here.end;
+        let starts = here.clone().step_by(usize::try_from(MAX_RUN).unwrap_or(1));
+        let pieces = starts.map(|start| Box::pin(piece(start..here.end.min(start + MAX_RUN))));
+        join_all(pieces.collect()).await?;
+    }
+    piece(at..end).await
+}
+
+/// Waits for all; the first error, once all have ended.
+async fn join_all<F: Future<Output = Result<(), Error>>>(mut futures: Vec<Pin<Box<F>>>) -> Result<(), Error> {
+    let mut result = Ok(());
+    poll_fn(|cx| {
+        futures.retain_mut(|future| match future.as_mut().poll(cx) {
+            Poll::Ready(ended) => {
+                if result.is_ok() {
+                    result = ended;
+                }
+                false
+            }
+            Poll::Pending => true,
+        });
+        if futures.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    result
+}
+
+async fn preserve_piece<S: Storage>(
+    io: &S,
+    disk: &Disk<S>,
+    lane: Lane,
+    snapshot: &Arc<Snapshot<S>>,
+    keys: Range<u64>,
+    old: &impl AsyncFn(Range<Key>, &mut [u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let Range { start: mut at, end } = keys;
+    while at < end {
+        let claim = snapshot.claims.claim(at..end).await;
         at = claim.run().end;
         let mut within = claim.run();
-        // Someone may have preserved part of it while we waited.
+        // Looked for only now: someone may have preserved part of it while we waited.
         while let Some(run) = missing(snapshot, within.clone()) {
             if snapshot.broken().is_some() {
                 return Ok(());

@@ -18,6 +18,7 @@
 //! - **Faults** by chance, aimed at kinds of operation and of file ([`Rule`]). A write that fails leaves
 //!   some of its pieces. A sync that fails leaves sectors that no later sync will write, and if its process
 //!   ended before it was told, the next sync fails: both as Linux does.
+//! - **Damage** of a state file between two lives ([`Damage`]).
 //! - **Defects** of the medium itself ([`Defect`]), to see that a suite notices.
 //! - **Deadlock.** When nothing can go on but timers, the run panics: a wake-up was lost.
 //!
@@ -29,15 +30,17 @@
 #![forbid(unsafe_code)]
 
 mod executor;
+mod files;
 mod medium;
 mod random;
 mod storage;
 mod world;
 
 pub use executor::Sim;
+pub use files::SimFiles;
 pub use random::Random;
 pub use storage::{SimCells, SimDir, SimFile, SimStorage};
-pub use world::{Defect, OpKind, Rule};
+pub use world::{Damage, Defect, OpKind, Rule};
 
 /// What a file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,20 +5,23 @@
 //! Absent: the chain it is part of ([`crate::chain`]), the content ([`crate::store`]), the decision what
 //! to preserve ([`crate::preserve`]) and reading ([`crate::view`]).
 
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
 
 use cbt::{Cells, ChangeId, Epoch, Generation};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 use crate::claims::Claims;
 use crate::error::Error;
-use crate::format::{self, Broken, GRAIN, PAGE, RECORD, RawRecord, SnapshotHeader, SnapshotState};
-use crate::index::{Index, Key, Slot};
+use crate::format::{self, Broken, Entry, GRAIN, PAGE, RECORD, RawRecord, SnapshotHeader, SnapshotState};
+use crate::index::{Index, Key, Part, Slot};
 use crate::memory::{Source, Target};
+use crate::overflow::Terms;
+use crate::released::Released;
 use crate::storage::{Durability, Storage};
-use crate::store;
+use crate::store::Store;
 use crate::tracker::Control;
 
 /// Records that are read together: 64 KiB.
@@ -35,13 +38,21 @@ pub struct Snapshot<S: Storage> {
     pub(crate) tracked: bool,
     pub(crate) capacity: u64,
     pub(crate) created_ns: u64,
-    /// Runs of keys that someone is preserving.
+    /// Runs of keys that someone is preserving, or releasing.
     pub(crate) claims: Claims,
+    /// Grains that readers have released.
+    pub(crate) released: Released,
     disk: [u8; 16],
     index_file: S::File,
     index: Index,
-    /// Slots that its keys are in.
+    /// Slots that its keys are in, or will be when an append under way has ended.
     slots: AtomicU64,
+    /// See [`Terms`]; its limit is the one below.
+    terms: Terms,
+    /// Bytes that it may hold, 0 for any number.
+    limit: AtomicU64,
+    /// Why some of its slots cannot be read, if that was found when it was loaded.
+    pub(crate) lost: OnceLock<String>,
     /// Records that were found when it was loaded.
     loaded: AtomicU32,
     next_record: AtomicU64,
@@ -94,11 +105,15 @@ impl<S: Storage> Snapshot<S> {
             capacity: header.capacity,
             created_ns: header.created_ns,
             claims: Claims::default(),
+            released: Released::new(header.capacity.div_ceil(GRAIN as u64)),
             disk: header.disk,
             newer: AtomicU32::new(header.newer),
             index_file,
             index: Index::default(),
             slots: AtomicU64::new(0),
+            limit: AtomicU64::new(header.terms.limit),
+            terms: header.terms,
+            lost: OnceLock::new(),
             loaded: AtomicU32::new(0),
             next_record: AtomicU64::new(0),
             synced_records: AtomicU64::new(0),
@@ -115,13 +130,13 @@ impl<S: Storage> Snapshot<S> {
 
     /// Reads a snapshot back from its file. `None` if it was never made whole.
     ///
-    /// `store_len` is how long the store is, in bytes.
+    /// With `store` it is checked that what its records name can be there.
     pub(crate) async fn load(
         io: &S,
         dir: &S::Dir,
         disk: &[u8; 16],
         sequence: u32,
-        store_len: u64,
+        store: Option<&Store<S>>,
     ) -> Result<Option<Self>, Error> {
         let fail = || Error::io("reading a snapshot's index");
         let index_file = io.open(dir, &format::index_file(sequence)).map_err(fail())?;
@@ -138,35 +153,49 @@ impl<S: Storage> Snapshot<S> {
         let count = (len - PAGE as u64).div_ceil(RECORD as u64);
         snapshot.next_record.store(count, SeqCst);
         if snapshot.broken().is_none() {
-            snapshot.load_records(io, len, store_len).await?;
+            snapshot.load_records(io, len, store).await?;
         }
         Ok(Some(snapshot))
     }
 
     /// Takes in every record. Places between may be empty: their writers were stopped before they
     /// published, so nothing was changed on the strength of them.
-    async fn load_records(&self, io: &S, len: u64, store_len: u64) -> Result<(), Error> {
+    async fn load_records(&self, io: &S, len: u64, store: Option<&Store<S>>) -> Result<(), Error> {
         let whole = (len - PAGE as u64) / RECORD as u64;
-        let mut end = 0;
         let mut place = 0;
         while place < whole {
             let count = (whole - place).min(RECORDS_AT_ONCE);
             for entry in self.read_records(io, place, count).await?.into_iter().flatten() {
-                let (key, slot) = entry;
                 self.loaded.fetch_add(1, Relaxed);
-                if self.index.get(key).is_none() {
-                    self.index.insert(key, slot);
-                    if let Slot::At(slot) = slot {
-                        end = end.max(store::bytes(slot) + GRAIN as u64);
-                        self.slots.fetch_add(1, Relaxed);
+                match entry {
+                    Entry::Kept(key, slot) if self.index.get(key).is_none() => self.index.insert(key, slot),
+                    Entry::Kept(..) => {}
+                    Entry::Released(grains) if grains.end <= self.released.grains() => {
+                        self.released.set(grains);
+                    }
+                    Entry::Released(_) => {
+                        let at = PAGE as u64 + place * RECORD as u64;
+                        return Err(Error::Corrupt { what: "a released range near a record", at });
                     }
                 }
             }
             place += count;
         }
-        if store_len < end {
-            return Err(Error::Corrupt { what: "the end of the difference store", at: store_len });
-        }
+        // Only now: a record of released grains may come after those of their slots, or before.
+        let mut checked = Ok(());
+        self.for_each(|_, slot| {
+            if let Slot::At(slot) = slot {
+                match store.map_or(Ok(()), |store| store.check(slot)) {
+                    Err(error @ Error::AreaLost { .. }) => {
+                        let _ = self.lost.set(error.to_string());
+                    }
+                    Err(error) => checked = Err(error),
+                    Ok(()) => {}
+                }
+                self.slots.fetch_add(1, Relaxed);
+            }
+        });
+        checked?;
         Ok(())
     }
 
@@ -176,7 +205,7 @@ impl<S: Storage> Snapshot<S> {
         io: &S,
         place: u64,
         count: u64,
-    ) -> Result<Vec<Option<(Key, Slot)>>, Error> {
+    ) -> Result<Vec<Option<Entry>>, Error> {
         let size = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(RECORD);
         let mut chunk = vec![0; size];
         let at = PAGE as u64 + place * RECORD as u64;
@@ -184,20 +213,11 @@ impl<S: Storage> Snapshot<S> {
             .await
             .map_err(Error::io("reading a snapshot's index"))?;
         (place..)
-            .zip(chunk.chunks_exact(RECORD))
+            .zip(chunk.as_chunks::<RECORD>().0)
             .map(|(place, bytes)| {
-                let Ok(record) = RawRecord::read_from_bytes(bytes) else {
-                    unreachable!("the chunk is a record long")
-                };
-                match record.check(&self.disk, self.sequence, place) {
-                    Some(entry) => Ok(Some(entry)),
-                    None if bytes.iter().all(|&byte| byte == 0) => Ok(None),
-                    // A record lies within a page, so it was written wholly or not at all.
-                    None => {
-                        let at = PAGE as u64 + place * RECORD as u64;
-                        Err(Error::Corrupt { what: "a record of a snapshot's index", at })
-                    }
-                }
+                let at = PAGE as u64 + place * RECORD as u64;
+                let damaged = |_| Error::Corrupt { what: "a record of a snapshot's index", at };
+                RawRecord::read(bytes, &self.disk, self.sequence, place).map_err(damaged)
             })
             .collect()
     }
@@ -234,14 +254,55 @@ impl<S: Storage> Snapshot<S> {
         self.next_record.load(SeqCst)
     }
 
-    /// Calls `each` with every key and where it is.
-    pub(crate) fn for_each(&self, each: impl FnMut(Key, Slot)) {
-        self.index.for_each(each);
+    /// Places for records that its file has, from the first on.
+    pub(crate) fn places(&self, io: &S) -> Result<u64, Error> {
+        let len = io.len(&self.index_file).map_err(Error::io("reading a snapshot's index"))?;
+        Ok(len.saturating_sub(PAGE as u64) / RECORD as u64)
     }
 
-    /// Where `key` is, if this snapshot has it itself.
+    /// Calls `each` with every key and where it is.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(Key, Slot)) {
+        self.index.for_each(|key, slot| {
+            if !self.is_released(key) {
+                each(key, slot);
+            }
+        });
+    }
+
+    /// Calls `each` with some `most` of its keys and where they are; what part of all that is.
+    pub(crate) fn for_some(&self, most: u64, mut each: impl FnMut(Key, Slot)) -> Part {
+        self.index.for_some(most, self.records(), |key, slot| {
+            if !self.is_released(key) {
+                each(key, slot);
+            }
+        })
+    }
+
+    /// Where `key` is, if this snapshot has it itself and it was not released.
     pub(crate) fn get(&self, key: Key) -> Option<Slot> {
-        self.index.get(key)
+        self.index.get(key).filter(|_| !self.is_released(key))
+    }
+
+    /// Whether readers have released `key`.
+    pub(crate) fn is_released(&self, key: Key) -> bool {
+        key.as_grain().is_some_and(|grain| self.released.has(grain))
+    }
+
+    /// Where `key` was, which has just been released: that slot is the snapshot's no more.
+    pub(crate) fn take_released(&self, key: Key) -> Option<Slot> {
+        let slot = self.index.get(key)?;
+        self.slots.fetch_sub(u32::from(matches!(slot, Slot::At(_))).into(), Relaxed);
+        Some(slot)
+    }
+
+    /// Whether readers have released part of it, or have begun to: that part can never be read again.
+    pub fn has_released(&self) -> bool {
+        self.released.is_begun()
+    }
+
+    /// Bytes that readers have released.
+    pub fn bytes_released(&self) -> u64 {
+        (self.released.count() * GRAIN as u64).min(self.capacity)
     }
 
     /// The snapshot's place in history.
@@ -273,6 +334,46 @@ impl<S: Storage> Snapshot<S> {
     pub fn bytes_held(&self) -> u64 {
         let gone = self.emptied.load(SeqCst);
         if gone { 0 } else { self.slots.load(Relaxed) * GRAIN as u64 }
+    }
+
+    /// On which terms it is held.
+    pub fn terms(&self) -> Terms {
+        Terms { limit: self.limit.load(SeqCst), ..self.terms }
+    }
+
+    /// Sets how many bytes it may hold; 0 for any number. The head is to be written then.
+    pub(crate) fn set_limit(&self, limit: u64) -> Result<u64, Error> {
+        let used = self.bytes_held();
+        if limit != 0 && limit < used {
+            return Err(Error::LimitInUse { what: "the snapshot", limit, used });
+        }
+        Ok(self.limit.swap(limit, SeqCst))
+    }
+
+    /// Counts slots that it is about to hold, if its limit allows.
+    pub(crate) fn take_up(&self, slots: u64) -> Result<(), Error> {
+        let before = self.slots.fetch_add(slots, SeqCst);
+        let limit = self.limit.load(SeqCst);
+        if limit != 0 && slots > 0 && (before + slots) * GRAIN as u64 > limit {
+            self.let_go(slots);
+            return Err(Error::LimitReached { what: "the snapshot" });
+        }
+        Ok(())
+    }
+
+    /// Counts slots that pass to it from a newer one, whatever its limit is.
+    pub(crate) fn adopt(&self, slots: u64) {
+        self.slots.fetch_add(slots, SeqCst);
+    }
+
+    /// Counts slots that it will not hold after all.
+    pub(crate) fn let_go(&self, slots: u64) {
+        self.slots.fetch_sub(slots, SeqCst);
+    }
+
+    /// Whether its index is removed.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.ended.load(SeqCst)
     }
 
     /// Why it is broken, if it is.
@@ -322,14 +423,17 @@ impl<S: Storage> Snapshot<S> {
         written
     }
 
-    /// Whether `key` is preserved here.
+    /// Whether `key` is preserved here, or need not be since it was released.
     pub(crate) fn has(&self, key: Key) -> bool {
-        self.index.get(key).is_some()
+        self.index.get(key).is_some() || self.is_released(key)
     }
 
-    /// Writes the records of keys whose content is in its slots, then publishes them.
-    ///
-    /// They are counted in the map's control page between the two: an index that was cut short has fewer.
+    /// Whether the disk had `key` at its instant, or a part of it.
+    pub(crate) fn reaches(&self, key: Key) -> bool {
+        key.grain_start().is_none_or(|start| start < self.capacity)
+    }
+
+    /// Writes the records of keys whose content is in its slots. They are to be published after that.
     pub(crate) async fn record<C: Cells>(
         &self,
         io: &S,
@@ -337,20 +441,54 @@ impl<S: Storage> Snapshot<S> {
         entries: &[(Key, Slot)],
     ) -> Result<(), Error> {
         let place = self.next_record.fetch_add(entries.len() as u64, SeqCst);
-        let records: Vec<RawRecord> = (place..)
+        let records = (place..)
             .zip(entries)
             .map(|(place, &(key, slot))| RawRecord::new(&self.disk, self.sequence, place, key, slot))
             .collect();
+        self.write_records(io, control, place, records).await
+    }
+
+    /// Writes the records of grains that are being released, a record a run.
+    pub(crate) async fn record_released<C: Cells>(
+        &self,
+        io: &S,
+        control: &Control<C>,
+        runs: &[Range<u64>],
+    ) -> Result<(), Error> {
+        let place = self.next_record.fetch_add(runs.len() as u64, SeqCst);
+        let records = (place..)
+            .zip(runs)
+            .map(|(place, grains)| RawRecord::released(&self.disk, self.sequence, place, grains))
+            .collect();
+        self.write_records(io, control, place, records).await
+    }
+
+    /// Writes records from `place` on, which was taken for them. They are counted in the map's control page
+    /// before anybody believes them: an index that was cut short has fewer.
+    async fn write_records<C: Cells>(
+        &self,
+        io: &S,
+        control: &Control<C>,
+        place: u64,
+        records: Vec<RawRecord>,
+    ) -> Result<(), Error> {
         let at = PAGE as u64 + place * RECORD as u64;
         io.write(&self.index_file, at, Source::of(records.as_bytes()), Durability::Cached)
             .await
             .map_err(Error::io("writing to a snapshot's index"))?;
-        control.note_records(self.sequence, u32::try_from(entries.len()).unwrap_or(u32::MAX));
-        for &(key, slot) in entries {
-            self.index.insert(key, slot);
-            self.slots.fetch_add(u32::from(matches!(slot, Slot::At(_))).into(), Relaxed);
-        }
+        control.note_records(self.sequence, u32::try_from(records.len()).unwrap_or(u32::MAX));
         Ok(())
+    }
+
+    /// Publishes keys whose content and records are written, but for those that were released meanwhile.
+    /// Answers how many slots they are in.
+    pub(crate) fn publish(&self, entries: &[(Key, Slot)]) -> u64 {
+        let mut slots = 0;
+        for &(key, slot) in entries.iter().filter(|(key, _)| !self.is_released(*key)) {
+            self.index.insert(key, slot);
+            slots += u64::from(matches!(slot, Slot::At(_)));
+        }
+        slots
     }
 
     /// Writes the head as the snapshot now is.
@@ -376,6 +514,7 @@ impl<S: Storage> Snapshot<S> {
             name: self.name.clone(),
             newer: self.newer(),
             broken: self.broken.get().cloned(),
+            terms: self.terms(),
         }
     }
 

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use cbt::{ByteRange, Cells};
 
+use crate::areas::OpenedArea;
 use crate::memory::{Source, Target};
 
 /// Whether a write is on the medium, or only in its cache, when it is answered.
@@ -71,6 +72,18 @@ pub trait Storage: Clone + 'static {
     /// Makes all answered writes of `file` durable (`fdatasync`).
     fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>>;
 
+    /// Begins to write back what was written to `range`, without waiting. A hint: nothing is promised
+    /// before [`Storage::sync`].
+    fn write_behind(&self, file: &Self::File, range: ByteRange) -> io::Result<()>;
+
+    /// Writes back what was written to `range`, and waits for that. Blocks the thread; errors as of
+    /// [`Storage::drop_behind`].
+    fn write_out(&self, file: &Self::File, range: ByteRange) -> io::Result<()>;
+
+    /// Waits until what was written to `range` is on its way, and lets the cache forget it. Blocks the
+    /// thread. An error of the medium that is told here is not told again by [`Storage::sync`].
+    fn drop_behind(&self, file: &Self::File, range: ByteRange) -> io::Result<()>;
+
     /// Makes `range` read as zeros. `Unsupported` if this file cannot do it without writing zeros.
     fn zero(
         &self,
@@ -84,6 +97,9 @@ pub trait Storage: Clone + 'static {
 
     /// Length of the file in bytes.
     fn len(&self, file: &Self::File) -> io::Result<u64>;
+
+    /// Makes the file `len` bytes long; what is added reads as zeros. `Unsupported` for a block device.
+    fn set_len(&self, file: &Self::File, len: u64) -> io::Result<()>;
 
     /// Extends the file to `len` bytes with all its space allocated.
     fn allocate(&self, file: &Self::File, len: u64) -> io::Result<()>;
@@ -105,6 +121,10 @@ pub trait Storage: Clone + 'static {
 
     /// The names in a directory.
     fn list(&self, dir: &Self::Dir) -> io::Result<Vec<String>>;
+
+    /// Opens what `path` leads to, for an area of a difference store: a file, a block device that nobody else
+    /// uses, or the file `name` of a directory. With `make` a file that is missing is made, durably.
+    fn open_area(&self, path: &str, name: &str, make: bool) -> io::Result<OpenedArea<Self::File>>;
 
     /// Makes names made and removed in `dir` durable.
     fn sync_dir(&self, dir: &Self::Dir) -> io::Result<()>;

@@ -12,6 +12,8 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Cells, Epoch, Generation, Map, PAGE_BYTES, PageIndex};
 
+use crate::format::checksum;
+
 /// What tells one image from another, and whether it was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -33,8 +35,13 @@ pub(crate) struct Control<C> {
 
 /// Cells before the map's: one page.
 pub(crate) const CONTROL_CELLS: usize = CELLS_PER_PAGE;
+/// Pages of the map's file before its own.
+pub(crate) const CONTROL_PAGES: u64 = 1;
 const BROKEN_UP_TO: usize = 0;
 const FLUSH_FAILED: usize = 1;
+const REWIND_VOID: usize = 2;
+const LOG_DOUBT: usize = 3;
+const MAP_DOUBT: usize = 4;
 /// From here on a word per snapshot, by its number.
 const RECORDS: usize = 64;
 
@@ -76,6 +83,36 @@ impl<C: Cells> Control<C> {
         self.word(FLUSH_FAILED).store(failed.into(), SeqCst);
     }
 
+    /// Whether the rewind that the superblock may name had failed, and is none.
+    pub(crate) fn rewind_void(&self) -> bool {
+        self.word(REWIND_VOID).load(SeqCst) != 0
+    }
+
+    /// Notes whether the rewind that the superblock may name is none, at once and without fail.
+    pub(crate) fn note_rewind_void(&self, void: bool) {
+        self.word(REWIND_VOID).store(void.into(), SeqCst);
+    }
+
+    /// Whether the intent log may lack regions since `boot` began.
+    pub(crate) fn log_in_doubt(&self, boot: &[u8; 16]) -> bool {
+        self.word(LOG_DOUBT).load(SeqCst) == tag_of(boot)
+    }
+
+    /// Notes that the intent log may lack regions, at once and without fail; or that it does not.
+    pub(crate) fn note_log_in_doubt(&self, boot: &[u8; 16], doubt: bool) {
+        self.word(LOG_DOUBT).store(if doubt { tag_of(boot) } else { 0 }, SeqCst);
+    }
+
+    /// Whether marks may be missing on the medium that no flush will write any more, since `boot` began.
+    pub(crate) fn map_in_doubt(&self, boot: &[u8; 16]) -> bool {
+        self.word(MAP_DOUBT).load(SeqCst) == tag_of(boot)
+    }
+
+    /// Notes that a flush of the map has failed, at once and without fail.
+    pub(crate) fn note_map_in_doubt(&self, boot: &[u8; 16]) {
+        self.word(MAP_DOUBT).store(tag_of(boot), SeqCst);
+    }
+
     /// Notes that `count` more records of a snapshot are written, before they are published.
     pub(crate) fn note_records(&self, sequence: u32, count: u32) {
         self.records_word(sequence).fetch_add(count, SeqCst);
@@ -98,6 +135,28 @@ impl<C: Cells> Control<C> {
     fn word(&self, index: usize) -> &AtomicU32 {
         &self.cells.cells()[index]
     }
+}
+
+/// The control words of a map that is only looked at.
+pub(crate) struct WordsOf(Box<[AtomicU32]>);
+
+impl WordsOf {
+    /// From the map's first page.
+    pub(crate) fn from_page(page: &[u8; PAGE_BYTES]) -> Self {
+        let words = page.as_chunks::<4>().0.iter();
+        Self(words.map(|&word| AtomicU32::new(u32::from_le_bytes(word))).collect())
+    }
+}
+
+impl Cells for WordsOf {
+    fn cells(&self) -> &[AtomicU32] {
+        &self.0
+    }
+}
+
+/// Tells one boot from others; never 0. Two that have the same cost a full backup, and nothing else.
+fn tag_of(boot: &[u8; 16]) -> u32 {
+    checksum(&[b"boot", boot]).get() | 1
 }
 
 /// The map's cells: all but the control page.
@@ -128,8 +187,28 @@ impl<C: Cells> Tracker<C> {
         Self { map, opened }
     }
 
+    /// The same history for a disk that has grown to `capacity` bytes, over a mapping of the same file that
+    /// is long enough: pages that are open stay so.
+    pub(crate) fn grown(&self, cells: Arc<C>, capacity: u64) -> Self {
+        let grown = Self::new(cells, self.grid(), capacity);
+        for (new, old) in grown.opened.iter().zip(&self.opened) {
+            new.store(old.load(Acquire), Release);
+        }
+        grown
+    }
+
+    /// The mapping of the map's file, its control page included.
+    pub(crate) fn cells(&self) -> &Arc<C> {
+        &self.map.cells().0
+    }
+
     pub(crate) fn grid(&self) -> BlockGrid {
         self.map.grid()
+    }
+
+    /// Pages of the map, without its control page.
+    pub(crate) fn page_count(&self) -> u64 {
+        self.map.pages()
     }
 
     pub(crate) fn pages_of(&self, range: ByteRange) -> std::ops::Range<PageIndex> {
@@ -163,8 +242,8 @@ impl<C: Cells> Tracker<C> {
         self.map.copy_page(page, out);
     }
 
-    pub(crate) fn clear(&self) {
-        self.map.clear();
+    pub(crate) fn clear_page(&self, page: PageIndex) {
+        self.map.clear_page(page);
     }
 }
 

@@ -2,16 +2,19 @@
 //!
 //! Invariant: nothing is answered that was not so at the snapshot's instant. Whatever was found on
 //! the live disk is looked up again afterwards: publication always precedes the overwrite, so what
-//! is still in no store was not overwritten while it was read.
+//! is still in no store was not overwritten while it was read. Whatever was found in a slot counts only
+//! if the snapshot is still held afterwards, and the grain was not released: a slot is given back, and so
+//! another's, only after that is told.
 //! Readers take no lock that a guest's write waits for.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::fence;
 
 use cbt::{BlockGrid, ByteRange, Changes, Epoch, PAGE_BYTES};
 
-use crate::chain;
+use crate::chain::{self, Place};
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::format::{GRAIN, SnapshotState};
@@ -56,8 +59,8 @@ impl<S: Storage> View<S> {
     /// Fills `out` with the bytes from `at` on, as they were at the snapshot's instant.
     ///
     /// # Errors
-    /// [`Error::SnapshotBroken`] or [`Error::SnapshotDeleted`], also if it happens meanwhile; `out` is
-    /// then to be thrown away.
+    /// [`Error::SnapshotBroken`], [`Error::SnapshotDeleted`] or [`Error::ContentReleased`], also if it
+    /// happens meanwhile; `out` is then to be thrown away.
     ///
     /// # Panics
     /// If the range passes the end of the view.
@@ -75,10 +78,26 @@ impl<S: Storage> View<S> {
                 Found::Zero => part.fill(0),
                 Found::Slots(slot) => self.read_slots(io, slot, from, part).await?,
                 Found::Live => self.read_live(io, from, part).await?,
+                Found::Released => return Err(self.released(from)),
             }
             from = to;
         }
-        self.check()
+        // What was found in slots may be another's by now.
+        self.check()?;
+        self.check_held(at..end)
+    }
+
+    /// Whether nothing of the bytes of `range` was released.
+    fn check_held(&self, range: Range<u64>) -> Result<(), Error> {
+        let grains = range.start / GRAIN as u64..range.end.div_ceil(GRAIN as u64);
+        match self.snapshot.released.first(grains) {
+            Some(grain) => Err(self.released(range.start.max(grain * GRAIN as u64))),
+            None => Ok(()),
+        }
+    }
+
+    fn released(&self, at: u64) -> Error {
+        Error::ContentReleased { name: self.snapshot.name.clone(), at }
     }
 
     /// Reads from the live disk, then puts in place of it what was preserved meanwhile.
@@ -97,6 +116,7 @@ impl<S: Storage> View<S> {
                 Found::Zero => part.fill(0),
                 Found::Slots(slot) => self.read_slots(io, slot, from, part).await?,
                 Found::Live => {}
+                Found::Released => return Err(self.released(from)),
             }
             from = to;
         }
@@ -109,7 +129,8 @@ impl<S: Storage> View<S> {
     }
 
     /// Data and zeros of a range, in order, without gaps: `hole` for what reads as zeros without
-    /// being stored. May say data where there are zeros, never the other way round.
+    /// being stored. May say data where there are zeros, never the other way round; what was released
+    /// counts as data.
     pub fn extents(&self, io: &S, range: ByteRange) -> Result<Vec<Extent>, Error> {
         self.check()?;
         // Asked once for all: a question for each live run would be slow on an image in memory.
@@ -125,7 +146,7 @@ impl<S: Storage> View<S> {
                 let (found, to) = run(chain, from, live.range.end())?;
                 let hole = match found {
                     Found::Zero => true,
-                    Found::Slots(_) => false,
+                    Found::Slots(_) | Found::Released => false,
                     Found::Live => live.hole,
                 };
                 match extents.last_mut() {
@@ -186,40 +207,46 @@ impl<S: Storage> View<S> {
     }
 
     /// A page of the change map as it was at the instant: frozen, or live and not marked since.
-    async fn read_map_page(&self, io: &S, page: u64, cells: &mut [u8; PAGE_BYTES]) -> Result<(), Error> {
+    pub(crate) async fn read_map_page(
+        &self,
+        io: &S,
+        page: u64,
+        cells: &mut [u8; PAGE_BYTES],
+    ) -> Result<(), Error> {
         let key = Key::map_page(page);
-        if self.locate(key)?.is_none() {
+        if self.locate(key)? == Place::Live {
             self.tracked()?.copy_page(page, cells);
         }
         // A page is published before it is marked, so a copy that is torn or late is found out here;
         // the fence keeps the look-up behind the copy.
         fence(Acquire);
         match self.locate(key)? {
-            None => Ok(()),
-            Some(Slot::Zero) => {
+            // Pages of the map are never released.
+            Place::Live | Place::Released => Ok(()),
+            Place::Kept(Slot::Zero) => {
                 cells.fill(0);
                 Ok(())
             }
-            Some(Slot::At(slot)) => self.disk.store.read(io, slot, 0, cells).await,
+            Place::Kept(Slot::At(slot)) => self.disk.store.read(io, slot, 0, cells).await,
         }
     }
 
-    fn locate(&self, key: Key) -> Result<Option<Slot>, Error> {
+    fn locate(&self, key: Key) -> Result<Place, Error> {
         let list = self.disk.chain.now();
         chain::locate(chain::from(&list, &self.snapshot)?, key)
     }
 
     /// The tracker, if it knows this snapshot's history.
-    fn tracked(&self) -> Result<&crate::tracker::Tracker<S::Cells>, Error> {
+    fn tracked(&self) -> Result<Arc<crate::tracker::Tracker<S::Cells>>, Error> {
         let same = self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation;
         match &self.disk.tracker {
-            Some(tracker) if same => Ok(tracker),
+            Some(tracker) if same => Ok(tracker.load_full()),
             _ => Err(Error::NotTracked { disk: self.disk.name.clone() }),
         }
     }
 
     /// Whether the snapshot may still be read.
-    fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         let name = || self.snapshot.name.clone();
         if let Some(reason) = self.snapshot.broken() {
             return Err(Error::SnapshotBroken { name: name(), reason: reason.to_owned() });
@@ -236,15 +263,17 @@ enum Found {
     Zero,
     Slots(u32),
     Live,
+    Released,
 }
 
 /// Where the bytes from `from` on are, and how far that goes, at most to `end`.
 fn run<S: Storage>(chain: &[Arc<Snapshot<S>>], from: u64, end: u64) -> Result<(Found, u64), Error> {
     let find = |grain: u64| {
         Ok(match chain::locate(chain, Key::grain(grain))? {
-            Some(Slot::Zero) => Found::Zero,
-            Some(Slot::At(slot)) => Found::Slots(slot),
-            None => Found::Live,
+            Place::Kept(Slot::Zero) => Found::Zero,
+            Place::Kept(Slot::At(slot)) => Found::Slots(slot),
+            Place::Live => Found::Live,
+            Place::Released => Found::Released,
         })
     };
     let first = from / GRAIN as u64;
@@ -252,7 +281,9 @@ fn run<S: Storage>(chain: &[Arc<Snapshot<S>>], from: u64, end: u64) -> Result<(F
     let mut grain = first + 1;
     while grain * (GRAIN as u64) < end {
         let goes_on = match (&found, find(grain)?) {
-            (Found::Zero, Found::Zero) | (Found::Live, Found::Live) => true,
+            (Found::Zero, Found::Zero) | (Found::Live, Found::Live) | (Found::Released, Found::Released) => {
+                true
+            }
             (Found::Slots(slot), Found::Slots(next)) => u64::from(next) == u64::from(*slot) + (grain - first),
             _ => false,
         };

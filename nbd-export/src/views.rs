@@ -41,6 +41,16 @@ impl<S: Storage> ViewExport<S> {
         Self { io, view, bases, info }
     }
 
+    /// The same, for a reader that trims what it has read: that is released, see [`View::release`].
+    ///
+    /// It is not offered as read-only, since clients send no trims to what is; writes are refused.
+    #[must_use]
+    pub fn releasing(mut self) -> Self {
+        self.info.read_only = false;
+        self.info.can_trim = true;
+        self
+    }
+
     async fn allocation(&self, range: ByteRange, out: &mut Extents) -> Result<(), ExportError> {
         let extents = self.view.extents(&self.io, range).map_err(explain)?;
         for extent in extents {
@@ -79,6 +89,15 @@ impl<S: Storage> Export for ViewExport<S> {
         self.view.read(&self.io, offset, buf).await.map_err(explain)
     }
 
+    async fn trim(&self, range: Range<u64>, _fua: bool) -> Result<(), ExportError> {
+        if !self.info.can_trim {
+            return Err(ExportError::new(Errno::Perm, "this export cannot be written"));
+        }
+        // It outlives this process when it is answered, and no snapshot outlives a stop of the host.
+        let range = ByteRange::new(range.start, range.end);
+        self.view.release(&self.io, range).await.map(|_| ()).map_err(explain)
+    }
+
     async fn status(
         &self,
         context: Context,
@@ -96,15 +115,25 @@ impl<S: Storage> Export for ViewExport<S> {
     }
 }
 
-/// The engine's error for a client: a lost snapshot says why.
+/// The engine's error for a client, with its sources: a lost snapshot says why.
 pub(crate) fn explain(error: cow_engine::Error) -> ExportError {
     let errno = match error {
         cow_engine::Error::SnapshotDeleted { .. } | cow_engine::Error::OverlayClosed { .. } => {
             Errno::Shutdown
         }
         cow_engine::Error::NotTracked { .. } => Errno::NotSup,
+        cow_engine::Error::SnapshotInUse { .. } => Errno::Perm,
         _ if error.is_out_of_space() => Errno::NoSpc,
         _ => Errno::Io,
     };
-    ExportError::new(errno, error.to_string())
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(why) = source {
+        text = format!("{text}: {why}");
+        source = why.source();
+    }
+    match error {
+        cow_engine::Error::ContentReleased { at, .. } => ExportError::new(errno, text).at(at),
+        _ => ExportError::new(errno, text),
+    }
 }

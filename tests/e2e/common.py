@@ -315,6 +315,19 @@ class Daemon:
         self.log.close()
 
 
+def archive_of(folder, programs):
+    """An archive that adds programs to a guest, under /bin."""
+    place = pathlib.Path(tempfile.mkdtemp(dir=folder)) / "bin"
+    place.mkdir()
+    for program_path in programs:
+        shutil.copy(program_path, place)
+    names = "bin\n" + "".join(f"bin/{path.name}\n" for path in sorted(place.iterdir()))
+    return subprocess.run(
+        ["cpio", "--quiet", "-o", "-H", "newc"],
+        cwd=place.parent, input=names.encode(), stdout=subprocess.PIPE, check=True,
+    ).stdout  # fmt: skip
+
+
 def qemu_is_before(version):
     """Whether the installed QEMU is older than a version such as (9, 2)."""
     text = run("qemu-system-x86_64", "--version")
@@ -323,14 +336,11 @@ def qemu_is_before(version):
 
 def load_program(folder):
     """Builds `load.c` and returns an archive that adds it to a guest as /bin/load."""
-    place = folder / "load/bin"
+    place = folder / "load"
     place.mkdir(parents=True)
     source = pathlib.Path(__file__).with_name("load.c")
     run("cc", "-O2", "-Wall", "-static", "-pthread", "-o", place / "load", source)
-    return subprocess.run(
-        ["cpio", "--quiet", "-o", "-H", "newc"],
-        cwd=folder / "load", input=b"bin\nbin/load\n", stdout=subprocess.PIPE, check=True,
-    ).stdout  # fmt: skip
+    return archive_of(folder, [place / "load"])
 
 
 class Guest:
@@ -339,7 +349,9 @@ class Guest:
     The processor is emulated unless `EBBTIDE_ACCEL` names another accelerator.
     """
 
-    def __init__(self, daemon, vcpus=1, queues=1, memory=256, fio=False, load=False):
+    def __init__(
+        self, daemon, vcpus=1, queues=1, memory=256, fio=False, load=False, archive=b"", drives=()
+    ):  # fmt: skip
         self.folder = daemon.folder
         archives = pathlib.Path(run(ROOT / "images/guest", timeout=300).strip())
         initramfs = self.folder / "initramfs"
@@ -348,12 +360,13 @@ class Guest:
                 whole.write((archives / part).read_bytes())
             if load:
                 whole.write(load_program(self.folder))
+            whole.write(archive)
         port = self.folder / "guest.sock"
         retry = "reconnect=1" if qemu_is_before((9, 2)) else "reconnect-ms=200"
         command = [
             "qemu-system-x86_64", "-M", "q35", "-accel", os.environ.get("EBBTIDE_ACCEL", "tcg"),
-            "-cpu", "Nehalem", "-smp", vcpus, "-m", f"{memory}M", "-nodefaults", "-display", "none",
-            "-no-reboot", "-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
+            "-cpu", "Nehalem,+rdrand", "-smp", vcpus, "-m", f"{memory}M", "-nodefaults", "-display", "none",
+            "-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
             "-numa", "node,memdev=mem",
             "-kernel", archives / "vmlinuz", "-initrd", initramfs,
             "-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable GUEST_TTY=ttyS1",
@@ -361,6 +374,14 @@ class Guest:
             "-chardev", f"socket,id=port,path={port},server=on,wait=off",
             "-serial", "chardev:port",
         ]  # fmt: skip
+        if drives:
+            # One that is reset comes up again.
+            self.monitor = self.folder / "qemu-monitor.sock"
+            command += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
+        else:
+            command += ["-no-reboot"]
+        for drive in drives:
+            command += ["-drive", f"file={drive},format=raw,if=virtio,cache=writeback"]
         for disk in daemon.disks:
             command += [
                 "-chardev", f"socket,id={disk},path={daemon.socket(disk)},{retry}",
@@ -373,7 +394,7 @@ class Guest:
         )  # fmt: skip
         self.port = wait_for(lambda: self._connect(port), 20, "QEMU to start")
         self.received = b""
-        self._line(lambda line: line.startswith("@@ready"), 60)
+        self.wait_until_up()
 
     def _connect(self, path):
         if self.process.poll() is not None:
@@ -403,6 +424,18 @@ class Guest:
             if not data:
                 raise ConnectionError(f"the guest is gone: {lines[-5:]}")
             self.received += data
+
+    def wait_until_up(self):
+        """Waits until the guest takes scripts, after its start or a reset; returns the lines before."""
+        return self._line(lambda line: "@@ready" in line, 90)[0]
+
+    def next_line(self, wanted, seconds):
+        """Waits for a line that a script prints and that begins with `wanted`."""
+        return self._line(lambda line: line.startswith(wanted), seconds)[1]
+
+    def reset(self):
+        """Takes the power away from under the guest, and gives it back."""
+        Qmp(self.monitor).execute("system_reset")
 
     def begin(self, script):
         """Sends a script and does not wait for it."""

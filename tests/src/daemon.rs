@@ -68,12 +68,14 @@ impl Daemon {
         Ok(Self { server, program, dir })
     }
 
-    /// Ends the daemon by `signal` and starts it again on the same files.
+    /// Ends the daemon by `signal`, if it has not ended, and starts it again on the same files.
     ///
     /// # Errors
     /// If it does not end on a SIGTERM, or does not come up again.
     pub fn restart(&mut self, signal: Signal, disks: &[Disk]) -> Result<()> {
-        self.server.signal(signal)?;
+        if self.server.is_alive() {
+            self.server.signal(signal)?;
+        }
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.server.is_alive() {
             ensure!(Instant::now() < deadline, "does not end:\n{}", self.server.output());

@@ -20,13 +20,26 @@
 //! - **Changes** since an older instant of the same generation name every sector that had a change
 //!   issued after the older command ended and held before the later one began, and every sector whose
 //!   content differs between the two views; and no block without a change that was in flight between
-//!   the beginning of the older and the end of the later. Asked again, the answer is the same.
+//!   the beginning of the older and the end of the later. Asked again, the answer is the same. A mark counts
+//!   as a change that leaves the content as it is.
+//! - **Sizes.** A disk has the size that it had, or that a resize shall give it; once it has told that one, it
+//!   keeps it over any crash. What is new is zeros, and marked. A view ends where the disk did.
 //! - **Holes** of a view read as zeros.
+//! - **Releases.** What a reader has released is answered with an error, and is in no hole; everything else
+//!   is as it was. A release that was cut off or failed may hold for each of its grains or not.
 //! - **Crashes.** After a kill the generation and all snapshots are kept. After a power cut, unless the
-//!   disk was closed before, and after a change from outside, there is a new generation and no snapshot.
+//!   disk was closed before, there is no snapshot, but the same generation, and changes may name whole regions
+//!   in which something was changed. After a change from outside there is a new generation and no snapshot.
 //!   A snapshot that was being created is on all disks of its group or on none.
+//! - **Checkpoints** are instants that outlive their snapshot; the module `checkpoints` tells what must be so.
+//! - **Reverts** are changes of the whole disk; the module `reverts` tells what must be so.
 //!
 //! Absent: running anything, and choosing what to run. Nothing here is random.
+
+mod checkpoints;
+mod reverts;
+pub use checkpoints::Named;
+pub use reverts::Outcome;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -36,6 +49,10 @@ use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId, Epoch, Generation};
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 const STAMP: usize = 32;
+/// Regions that count as changed ahead of a stream: so many, or as many as lie behind it.
+const STREAM: u64 = 8;
+/// Regions that count as changed together in a burst of changes; aligned.
+const TOGETHER: u64 = 64;
 /// Bytes of a grain, by which touched places are remembered.
 pub const GRAIN: u64 = 4096;
 
@@ -99,6 +116,8 @@ struct Change {
     durable: bool,
     /// No change at all: what was found after a crash.
     settled: bool,
+    /// Possible after a power cut only.
+    only_power: bool,
 }
 
 impl Change {
@@ -137,7 +156,13 @@ pub struct Member {
     pub fate: Fate,
     /// Its change id, once told.
     pub id: Option<ChangeId>,
+    /// Bytes of the disk when it was commanded.
+    pub capacity: u64,
     seen: BTreeMap<u64, Stamp>,
+    /// Grains that readers asked to release, and whether it was answered that they are.
+    released: BTreeMap<u64, bool>,
+    /// A release was begun.
+    may_be_released: bool,
     answers: BTreeMap<u32, Vec<ByteRange>>,
 }
 
@@ -162,6 +187,25 @@ struct Told {
     end: u64,
 }
 
+/// A resize on its way.
+#[derive(Clone, Copy, Debug)]
+struct Growing {
+    size: u64,
+    /// The mark that goes with it.
+    mark: usize,
+}
+
+/// Sectors that were marked without being written.
+#[derive(Clone, Debug)]
+struct Mark {
+    sectors: Range<u64>,
+    issued: u64,
+    /// When it was answered.
+    done: Option<u64>,
+    /// When a crash or an error ended it: it may have been made or not.
+    cut: Option<u64>,
+}
+
 /// What is known of one disk.
 #[derive(Debug)]
 pub struct DiskModel {
@@ -170,6 +214,9 @@ pub struct DiskModel {
     sectors: BTreeMap<u64, Vec<Entry>>,
     by_grain: BTreeMap<u64, Vec<usize>>,
     in_flight: Vec<(usize, Range<u64>)>,
+    marks: Vec<Mark>,
+    /// Resizes that were not answered with success: any of them may still come to its end.
+    growing: Vec<Growing>,
     /// Changes issued after the first that held by the second are durable.
     flushes: Vec<(u64, u64)>,
     tainted: u64,
@@ -177,10 +224,28 @@ pub struct DiskModel {
     refused: Option<u64>,
     told: Vec<Told>,
     generations: Vec<Generation>,
+    /// When regions of so many bytes were counted as changed because the host had stopped.
+    presumed: Vec<(u64, u64)>,
     /// The generation and when it began.
     pub generation: Option<(Generation, u64)>,
     /// The block size, if changes are tracked.
     pub grid: Option<BlockGrid>,
+}
+
+impl DiskModel {
+    /// Whether `block` may be named among changes from `begin` to `end` because the host stopped in between:
+    /// something was changed in its regions or their group, or in one of those before them, of a stream that ended.
+    fn is_presumed(&self, block: ByteRange, begin: u64, end: u64) -> bool {
+        let within = self.presumed.iter().filter(|(time, _)| (begin..end).contains(time));
+        let near = |&(_, bytes): &(u64, u64)| {
+            let (first, last) = (block.start() / bytes, (block.end() - 1) / bytes);
+            let from = first.saturating_sub(STREAM).min(first / 2).min(first / TOGETHER * TOGETHER);
+            let to = (last / TOGETHER + 1) * TOGETHER;
+            let grains = from * bytes / GRAIN..to * bytes / GRAIN;
+            self.by_grain.range(grains).any(|(_, changes)| !changes.is_empty())
+        };
+        within.into_iter().any(near)
+    }
 }
 
 /// The judge.
@@ -192,6 +257,9 @@ pub struct Oracle {
     pub disks: Vec<DiskModel>,
     /// All snapshots that were ever commanded.
     pub groups: Vec<Group>,
+    reverts: Vec<reverts::Revert>,
+    /// All checkpoints that were ever commanded.
+    pub named: Vec<Named>,
 }
 
 impl Oracle {
@@ -202,11 +270,14 @@ impl Oracle {
             sectors: BTreeMap::new(),
             by_grain: BTreeMap::new(),
             in_flight: Vec::new(),
+            marks: Vec::new(),
+            growing: Vec::new(),
             flushes: Vec::new(),
             tainted: 0,
             refused: None,
             told: Vec::new(),
             generations: Vec::new(),
+            presumed: Vec::new(),
             generation: None,
             grid: None,
         });
@@ -230,7 +301,14 @@ impl Oracle {
         let issued = self.now();
         let number = self.changes.len() + 1;
         let value = if zeros { 0 } else { number as u64 };
-        self.changes.push(Change { value, issued, end: None, durable: false, settled: false });
+        self.changes.push(Change {
+            value,
+            issued,
+            end: None,
+            durable: false,
+            settled: false,
+            only_power: false,
+        });
         let held = &mut self.disks[disk];
         let grains = sectors.start / 8..sectors.end.div_ceil(8);
         for grain in grains {
@@ -252,6 +330,91 @@ impl Oracle {
         change.end = Some((now, if ok { End::Held } else { End::Failed }));
         change.durable = ok && durable;
         self.disks[disk].in_flight.retain(|(held, _)| *held != number - 1);
+    }
+
+    /// A mark without a write begins; its index.
+    pub fn issue_mark(&mut self, disk: usize, sectors: Range<u64>) -> usize {
+        let issued = self.now();
+        let marks = &mut self.disks[disk].marks;
+        marks.push(Mark { sectors, issued, done: None, cut: None });
+        marks.len() - 1
+    }
+
+    /// A resize to `size` bytes begins.
+    pub fn begin_resize(&mut self, disk: usize, size: u64) {
+        let capacity = self.disks[disk].capacity;
+        let mark = self.issue_mark(disk, self.grown(disk, capacity, size));
+        self.disks[disk].growing.push(Growing { size, mark });
+    }
+
+    /// The sectors that change when a disk grows: the last block of old too, if it is not a whole one.
+    fn grown(&self, disk: usize, old: u64, size: u64) -> Range<u64> {
+        let whole = self.disks[disk].grid.is_none_or(|grid| old.is_multiple_of(grid.bytes()));
+        let first = if whole { old } else { old - 1 };
+        first / SECTOR as u64..size / SECTOR as u64
+    }
+
+    /// A disk tells its size, at any time while it is served.
+    pub fn size_told(&mut self, disk: usize, size: u64) -> Verdict {
+        if size == self.disks[disk].capacity {
+            return Ok(());
+        }
+        let growing = std::mem::take(&mut self.disks[disk].growing);
+        let Some(growing) = growing.into_iter().rfind(|growing| growing.size == size) else {
+            return Err(format!("disk {disk} has {size} bytes"));
+        };
+        let old = std::mem::replace(&mut self.disks[disk].capacity, size);
+        let Some(cut) = self.disks[disk].marks[growing.mark].cut else {
+            self.answer_mark(disk, growing.mark, true);
+            return Ok(());
+        };
+        // After a crash it was done again, at the latest now; but perhaps before a new generation began.
+        let sectors = self.grown(disk, old, size);
+        let mark = self.issue_mark(disk, sectors);
+        let same = self.disks[disk].generation.is_some_and(|(_, began)| began < cut);
+        self.answer_mark(disk, mark, same);
+        Ok(())
+    }
+
+    /// A resize was answered with an error. It may still be finished by a later opening.
+    pub fn not_resized(&mut self, disk: usize) {
+        if let Some(growing) = self.disks[disk].growing.last() {
+            self.answer_mark(disk, growing.mark, false);
+        }
+    }
+
+    /// Without faults an opening finishes a resize or forgets it.
+    pub fn forget_resize(&mut self, disk: usize) {
+        self.disks[disk].growing.clear();
+    }
+
+    /// A disk was opened: what it may have marked in vain counts as marked.
+    fn note_attempt(&mut self, disk: usize) {
+        for growing in self.disks[disk].growing.clone() {
+            let sectors = self.grown(disk, self.disks[disk].capacity, growing.size);
+            let mark = self.issue_mark(disk, sectors);
+            self.answer_mark(disk, mark, false);
+        }
+    }
+
+    /// A mark was answered.
+    pub fn answer_mark(&mut self, disk: usize, mark: usize, ok: bool) {
+        let now = self.now();
+        let mark = &mut self.disks[disk].marks[mark];
+        *(if ok { &mut mark.done } else { &mut mark.cut }) = Some(now);
+    }
+
+    /// A change was refused for want of space for old content: no byte of it was submitted.
+    pub fn refused(&mut self, disk: usize, number: usize) -> Verdict {
+        self.answer(disk, number, false, false);
+        self.changes[number - 1].settled = true;
+        for entries in self.disks[disk].sectors.values_mut() {
+            if entries.iter().any(|entry| entry.change == number - 1 && entry.seen.is_some()) {
+                return Err(format!("disk {disk}: change {number} was refused, and yet it was read"));
+            }
+            entries.retain(|entry| entry.change != number - 1);
+        }
+        Ok(())
     }
 
     /// A flush was answered with an error.
@@ -291,7 +454,12 @@ impl Oracle {
             for (number, _) in disk.in_flight.drain(..) {
                 self.changes[number].end = Some((now, End::Cut));
             }
+            for mark in disk.marks.iter_mut().filter(|mark| mark.done.is_none()) {
+                mark.cut.get_or_insert(now);
+            }
         }
+        self.cut_reverts(now);
+        self.cut_checkpoints();
         for group in &mut self.groups {
             if group.end.is_none() {
                 group.end = Some(now);
@@ -320,7 +488,8 @@ impl Oracle {
         let history = self.disks[disk].sectors.get(&sector).map_or(&[][..], Vec::as_slice);
         let floor = history.iter().rposition(|entry| self.change(entry).held_by(begin));
         let later = &history[floor.unwrap_or(0)..];
-        let later = later.iter().filter(|entry| self.change(entry).issued < end).map(|&entry| Some(entry));
+        let may_be = |change: &Change| change.issued < end && !change.only_power;
+        let later = later.iter().filter(|entry| may_be(self.change(entry))).map(|&entry| Some(entry));
         floor.is_none().then_some(None).into_iter().chain(later).collect()
     }
 
@@ -359,6 +528,7 @@ impl Oracle {
             };
             let what = if power_cut { "after a power cut" } else { "after a kill" };
             self.expect(&format!("{what} disk {disk}"), sector, found, &window)?;
+            self.check_side(disk, sector, found, &window)?;
             if window.len() > 1 {
                 // It is as old as what was found: a sync that failed since has left it behind.
                 let fits = window.iter().filter(|entry| self.value(entry) == found);
@@ -373,7 +543,9 @@ impl Oracle {
                 }
                 entries.push(Entry { change: self.changes.len(), seen: None });
                 let end = Some((now, End::Held));
-                self.changes.push(Change { value: found, issued, end, durable: power_cut, settled: true });
+                let durable = power_cut;
+                let change = Change { value: found, issued, end, durable, settled: true, only_power: false };
+                self.changes.push(change);
             }
         }
         Ok(())
@@ -401,9 +573,16 @@ impl Oracle {
 
     /// A snapshot's command begins; its index.
     pub fn begin_group(&mut self, name: &str, disks: &[usize]) -> usize {
-        let member =
-            Member { fate: Fate::Creating, id: None, seen: BTreeMap::new(), answers: BTreeMap::new() };
-        let members = disks.iter().map(|&disk| (disk, member.clone())).collect();
+        let member = |disk: usize| Member {
+            fate: Fate::Creating,
+            id: None,
+            capacity: self.disks[disk].capacity,
+            seen: BTreeMap::new(),
+            released: BTreeMap::new(),
+            may_be_released: false,
+            answers: BTreeMap::new(),
+        };
+        let members = disks.iter().map(|&disk| (disk, member(disk))).collect();
         let begin = self.now();
         self.groups.push(Group { name: name.to_owned(), members, begin, end: None, cut: false });
         self.groups.len() - 1
@@ -506,9 +685,18 @@ impl Oracle {
         if model.generation.is_none_or(|(held, _)| held != generation) {
             model.generation = Some((generation, now));
             model.generations.push(generation);
+            self.touch_reverted(disk, now);
         }
+        let model = &mut self.disks[disk];
         model.grid = grid;
         model.refused = None;
+        self.note_attempt(disk);
+    }
+
+    /// The disk was opened and counts regions of so many bytes as changed, because the host had stopped.
+    pub fn presumed(&mut self, disk: usize, region_bytes: u64) {
+        let now = self.now();
+        self.disks[disk].presumed.push((now, region_bytes));
     }
 
     /// Judges what a view answered.
@@ -545,6 +733,50 @@ impl Oracle {
                 "view {} of disk {disk}: sector {sector} is in a hole and holds change {value}",
                 self.groups[group].name
             )),
+        }
+    }
+
+    /// A reader begins to release grains; those that may be from now on.
+    pub fn begin_release(&mut self, group: usize, disk: usize, grains: Range<u64>) -> Vec<u64> {
+        self.member(group, disk).may_be_released = true;
+        let released = &mut self.member(group, disk).released;
+        let new: Vec<u64> = grains.filter(|grain| !released.contains_key(grain)).collect();
+        released.extend(new.iter().map(|&grain| (grain, false)));
+        new
+    }
+
+    /// A release was answered: it holds for `grains`.
+    pub fn released(&mut self, group: usize, disk: usize, grains: Range<u64>) {
+        self.member(group, disk).released.extend(grains.map(|grain| (grain, true)));
+    }
+
+    /// A release had no effect, and nobody else had asked for these grains.
+    pub fn not_released(&mut self, group: usize, disk: usize, grains: &[u64]) {
+        self.member(group, disk).released.retain(|grain, held| *held || !grains.contains(grain));
+    }
+
+    /// Whether a release was ever begun.
+    pub fn has_released(&self, group: usize, disk: usize) -> bool {
+        self.groups[group].members[&disk].may_be_released
+    }
+
+    /// Grains of `range` that are released for certain.
+    pub fn lost(&self, group: usize, disk: usize, range: ByteRange) -> BTreeSet<u64> {
+        let grains = range.start() / GRAIN..range.end().div_ceil(GRAIN);
+        let member = &self.groups[group].members[&disk];
+        member.released.range(grains).filter(|(_, held)| **held).map(|(&grain, _)| grain).collect()
+    }
+
+    /// Judges an answer that byte `at` of a view was released, when `range` was asked for.
+    pub fn view_lost(&self, group: usize, disk: usize, range: ByteRange, at: u64) -> Verdict {
+        let group = &self.groups[group];
+        let what = format!("view {} of disk {disk}: byte {at}", group.name);
+        if at < range.start() || at >= range.end() {
+            return Err(format!("{what} was not asked for, {range} was"));
+        }
+        match group.members[&disk].released.get(&(at / GRAIN)) {
+            Some(_) => Ok(()),
+            None => Err(format!("{what} was never released")),
         }
     }
 
@@ -631,6 +863,9 @@ impl Oracle {
             }
         };
         let Some(grid) = model.grid else { return fail("the disk is not tracked".into()) };
+        if let Some(last) = answer.last().filter(|last| last.end() > member.capacity) {
+            return fail(format!("{last} passes its end at {}", member.capacity));
+        }
         for pair in answer.windows(2) {
             if pair[0].end() >= pair[1].start() {
                 return fail(format!("{} and {} are not apart", pair[0], pair[1]));
@@ -642,7 +877,9 @@ impl Oracle {
                 Some((time, End::Held | End::Failed)) => Some(time),
                 _ => entry.seen,
             };
-            !change.settled && change.issued >= end && ended.is_some_and(|time| time <= later_begin)
+            // A revert that failed is no change, unless a power cut brings it about.
+            let made = !change.settled && !change.only_power;
+            made && change.issued >= end && ended.is_some_and(|time| time <= later_begin)
         };
         for (&sector, history) in &model.sectors {
             if let Some(entry) = history.iter().find(|entry| known(entry))
@@ -651,16 +888,31 @@ impl Oracle {
                 return fail(format!("sector {sector} is missing, change {} is in it", entry.change + 1));
             }
         }
+        for mark in &model.marks {
+            let due = mark.issued >= end && mark.done.is_some_and(|time| time <= later_begin);
+            let mut sectors = mark.sectors.start..mark.sectors.end.min(member.capacity / SECTOR as u64);
+            if due && let Some(sector) = sectors.find(|&sector| !covers(answer, sector)) {
+                return fail(format!("sector {sector} is missing, which was marked at {}", mark.issued));
+            }
+        }
         self.differing(group, disk, since, answer).or_else(fail)?;
         for range in answer {
             for block in grid.covering(*range) {
-                let bytes = grid.range(block..block + 1, model.capacity);
+                let bytes = grid.range(block..block + 1, member.capacity);
                 let grains = bytes.start() / GRAIN..bytes.end().div_ceil(GRAIN);
                 let near = |change: &usize| {
                     let change = &self.changes[*change];
                     change.issued < later_end && change.end.is_none_or(|(time, _)| time >= begin)
                 };
-                if !model.by_grain.range(grains).any(|(_, changes)| changes.iter().any(near)) {
+                let sectors = bytes.start() / SECTOR as u64..bytes.end().div_ceil(SECTOR as u64);
+                let marked = |mark: &Mark| {
+                    let ended = mark.done.or(mark.cut).unwrap_or(u64::MAX);
+                    let there = mark.sectors.start < sectors.end && sectors.start < mark.sectors.end;
+                    there && mark.issued < later_end && ended >= begin
+                };
+                let touched = model.by_grain.range(grains).any(|(_, changes)| changes.iter().any(near));
+                if !touched && !model.marks.iter().any(marked) && !model.is_presumed(bytes, begin, later_end)
+                {
                     return fail(format!("{bytes} is named and nothing was changed there"));
                 }
             }

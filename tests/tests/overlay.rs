@@ -292,7 +292,7 @@ fn kept_overlays_outlive_the_daemon() -> Result<()> {
     let left = std::fs::read_dir(daemon.dir().join("vda.img.ebb"))?;
     let mut left: Vec<_> = left.map(|one| Ok(one?.file_name())).collect::<Result<_>>()?;
     left.sort();
-    ensure!(left == ["lock", "map", "store", "superblock"], "{left:?}");
+    ensure!(left == ["intent", "lock", "map", "store", "superblock"], "{left:?}");
     Ok(())
 }
 

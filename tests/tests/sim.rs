@@ -10,8 +10,16 @@
 
 #![forbid(unsafe_code)]
 
+#[path = "sim/checkpoints.rs"]
+mod checkpoints;
+#[path = "sim/moves.rs"]
+mod moves;
 #[path = "sim/overlays.rs"]
 mod overlays;
+#[path = "sim/readers.rs"]
+mod readers;
+#[path = "sim/rewinds.rs"]
+mod rewinds;
 #[path = "sim/rig.rs"]
 mod rig;
 #[path = "sim/work.rs"]
@@ -48,9 +56,17 @@ fn seeds(first: u64) -> (u64, u64) {
 
 /// Runs one seed; what was wrong, and where.
 fn run(seed: u64, profile: Profile) -> Result<(), String> {
-    let run = catch_unwind(AssertUnwindSafe(|| {
-        rig::run(seed, profile, &|place| PLACE.with_borrow_mut(|held| place.clone_into(held)));
-    }));
+    caught(|| rig::run(seed, profile, &at))
+}
+
+/// Notes where the run of this thread is.
+fn at(place: &str) {
+    PLACE.with_borrow_mut(|held| place.clone_into(held));
+}
+
+/// Runs something that panics if something is wrong.
+fn caught(run: impl FnOnce()) -> Result<(), String> {
+    let run = catch_unwind(AssertUnwindSafe(run));
     run.map_err(|payload| {
         let text = payload.downcast_ref::<String>().cloned();
         text.or_else(|| payload.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
@@ -59,9 +75,13 @@ fn run(seed: u64, profile: Profile) -> Result<(), String> {
 
 /// Runs the seeds of a test.
 fn suite(test: &str, first: u64, profile: Profile) {
+    suite_of(test, first, |seed| run(seed, profile));
+}
+
+fn suite_of(test: &str, first: u64, run: impl Fn(u64) -> Result<(), String>) {
     let (first, count) = seeds(first);
     for (nth, seed) in (first..first.saturating_add(count)).enumerate() {
-        if let Err(what) = run(seed, profile) {
+        if let Err(what) = run(seed) {
             panic!(
                 "{what}\nseed={seed} (number {} of {count}) crash_at={}\nrerun: SEED={seed} cargo test -p ebbtide-tests --test sim {test}",
                 nth + 1,
@@ -77,8 +97,8 @@ fn a_kill_loses_nothing() {
 }
 
 #[test]
-fn a_power_cut_begins_a_new_generation() {
-    suite("a_power_cut_begins_a_new_generation", 2_000_000, Profile { power: 5, ..Profile::STRICT });
+fn a_power_cut_loses_no_change() {
+    suite("a_power_cut_loses_no_change", 2_000_000, Profile { power: 5, ..Profile::STRICT });
 }
 
 #[test]
@@ -94,9 +114,79 @@ fn faults_break_snapshots_and_nothing_else() {
 }
 
 #[test]
+fn damage_is_noticed() {
+    let profile = Profile { power: 1, damage: true, ..Profile::STRICT };
+    suite("damage_is_noticed", 20_000_000, profile);
+}
+
+#[test]
 fn overlays_keep_what_was_written_to_them_and_nothing_else() {
     let profile = Profile { power: 2, overlays: true, ..Profile::STRICT };
     suite("overlays_keep_what_was_written_to_them_and_nothing_else", 8_000_000, profile);
+}
+
+#[test]
+fn what_is_released_is_an_error_and_nothing_else() {
+    let profile = Profile { power: 1, releases: true, ..Profile::STRICT };
+    suite("what_is_released_is_an_error_and_nothing_else", 9_000_000, profile);
+}
+
+#[test]
+fn faults_while_readers_release() {
+    let profile = Profile { power: 1, releases: true, faults: true, ..Profile::STRICT };
+    suite("faults_while_readers_release", 10_000_000, profile);
+}
+
+#[test]
+fn a_rewind_is_whole_and_takes_nothing_else_with_it() {
+    let profile = Profile { power: 4, rewinds: true, ..Profile::STRICT };
+    suite("a_rewind_is_whole_and_takes_nothing_else_with_it", 11_000_000, profile);
+}
+
+#[test]
+fn a_rewind_survives_faults() {
+    let profile = Profile { power: 4, rewinds: true, faults: true, ..Profile::STRICT };
+    suite("a_rewind_survives_faults", 12_000_000, profile);
+}
+
+#[test]
+fn checkpoints_outlive_their_snapshots_and_never_change() {
+    let profile = Profile { power: 4, checkpoints: true, ..Profile::STRICT };
+    suite("checkpoints_outlive_their_snapshots_and_never_change", 14_000_000, profile);
+}
+
+#[test]
+fn checkpoints_survive_cut_off_starts_and_new_generations() {
+    let profile = Profile { power: 4, checkpoints: true, restless: true, ..Profile::STRICT };
+    suite("checkpoints_survive_cut_off_starts_and_new_generations", 15_000_000, profile);
+}
+
+#[test]
+fn checkpoints_survive_faults() {
+    let profile = Profile { power: 3, checkpoints: true, faults: true, ..Profile::STRICT };
+    suite("checkpoints_survive_faults", 16_000_000, profile);
+}
+
+#[test]
+fn damaged_checkpoints_are_noticed() {
+    let profile = Profile { power: 1, checkpoints: true, damage: true, ..Profile::STRICT };
+    suite("damaged_checkpoints_are_noticed", 17_000_000, profile);
+}
+
+#[test]
+fn a_store_without_space_costs_what_was_chosen() {
+    let profile = Profile { power: 2, short: true, ..Profile::STRICT };
+    suite("a_store_without_space_costs_what_was_chosen", 13_000_000, profile);
+}
+
+#[test]
+fn a_history_moves_whole_or_not_at_all() {
+    suite_of("a_history_moves_whole_or_not_at_all", 14_000_000, |seed| caught(|| moves::run(seed, &at)));
+}
+
+#[test]
+fn a_damaged_history_file_is_refused_whatever_the_byte() {
+    moves::damage_is_refused();
 }
 
 /// A medium that breaks its promises must be noticed, or the net has a hole.

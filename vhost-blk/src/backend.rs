@@ -21,11 +21,17 @@ pub trait Backend: Send + Sync + 'static {
     /// A failure, as the log tells it.
     type Error: Display;
 
-    /// Size in bytes.
+    /// Size in bytes, which only grows. Asked for each request.
     fn capacity(&self) -> u64;
 
     /// A lane for one more thread.
     fn lane(&self) -> Self::Lane;
+
+    /// While a thread of the disk's has said `true` once more than `false`, no request waits for what only an
+    /// operator could give: the thread is about to stop its queue and waits for what is in flight.
+    fn hurry(&self, hurry: bool) {
+        let _ = hurry;
+    }
 
     /// Fills `into` from byte `at`.
     fn read(

@@ -2,7 +2,7 @@
 //!
 //! Invariant: one connection is served at a time; the next one waits until the last one's rings are
 //! stopped. Queues' threads are made when a queue first starts and kept for later connections.
-//! Lock order: `serving`, then `workers` or `connection`, which are never held together.
+//! Lock order: `serving`, then `workers`, `connection` or `channel`, which are never held together.
 
 use std::io;
 use std::net::Shutdown;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::backend::Backend;
+use crate::channel::Channel;
 use crate::counters::{Counters, QueueCounters};
 use crate::events::Quiet;
 use crate::options::{Cache, Options, OptionsError};
@@ -48,6 +49,8 @@ pub(crate) struct Inner<B: Backend> {
     /// The connection that is served.
     connection: Mutex<Option<UnixStream>>,
     workers: Mutex<Vec<Option<Arc<Worker>>>>,
+    /// Where the front end is told that the configuration space has changed.
+    channel: Mutex<Option<Channel>>,
     hook: OnceLock<Hook>,
     quiet: Mutex<Quiet>,
     stopping: AtomicBool,
@@ -103,6 +106,7 @@ impl<B: Backend> Device<B> {
             serving: Mutex::new(()),
             connection: Mutex::new(None),
             workers: Mutex::new((0..queues).map(|_| None).collect()),
+            channel: Mutex::default(),
             hook: OnceLock::new(),
             quiet: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -184,6 +188,21 @@ impl<B: Backend> Device<B> {
     /// Whether the guest is told of a volatile cache, which it may change (`CONFIG_WCE`).
     pub fn is_writeback(&self) -> bool {
         self.inner.writeback.load(Ordering::Relaxed)
+    }
+
+    /// Tells the front end that the disk's size has changed; whether it could be told. One that has no
+    /// channel for that sees it when it reads the configuration space, at its next connection at the latest.
+    pub fn announce_size(&self) -> bool {
+        let mut channel = lock(&self.inner.channel);
+        match channel.as_ref().map(Channel::config_changed) {
+            None => false,
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                log::warn!("{}: cannot tell the front end of a new size: {error}", self.inner.name());
+                *channel = None;
+                false
+            }
+        }
     }
 
     /// What is behind the disk.
@@ -292,6 +311,11 @@ impl<B: Backend> Inner<B> {
 
     pub(crate) fn keep_writeback(&self, writeback: bool) {
         self.writeback.store(writeback, Ordering::Relaxed);
+    }
+
+    /// Keeps the front end's channel, in place of one that it gave before.
+    pub(crate) fn set_channel(&self, channel: Option<Channel>) {
+        *lock(&self.channel) = channel;
     }
 
     /// Puts the cache mode back to what the operator chose.

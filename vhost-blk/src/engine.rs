@@ -23,6 +23,10 @@ impl Backend for Arc<Disk<HostStorage>> {
         Disk::lane(self)
     }
 
+    fn hurry(&self, hurry: bool) {
+        Disk::hurry(self, hurry);
+    }
+
     async fn read(&self, io: &HostStorage, _lane: Lane, at: u64, into: Target<'_>) -> Result<(), Error> {
         Disk::read(self, io, at, into).await
     }

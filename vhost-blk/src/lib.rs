@@ -10,6 +10,7 @@
 const _: () = assert!(cfg!(target_endian = "little"), "ebbtide runs on little-endian machines");
 
 mod backend;
+mod channel;
 mod config;
 mod counters;
 mod device;

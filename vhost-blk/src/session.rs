@@ -5,7 +5,8 @@
 //! When the connection ends, however it ends, all rings are stopped and the memory is let go.
 //!
 //! The `vhost` crate reads and writes the messages. What it does not know (`SET_STATUS`,
-//! `GET_STATUS`, messages of the future) is seen by a look at the header before it reads it.
+//! `GET_STATUS`, messages of the future) or cannot do (`SET_BACKEND_REQ_FD`, for it has no message of a
+//! config change) is seen by a look at the header before it reads it.
 //!
 //! Errors: a request that cannot be done is [`Error::ReqHandlerError`]; it is answered with a
 //! negative acknowledgement if the front end asked for one, and the connection lives on. Everything
@@ -13,7 +14,7 @@
 //!
 //! Absent, each with its place: the in-flight region (`get_inflight_fd`, `set_inflight_fd`, and the
 //! base in `Session::setup`), the dirty log (`set_log_base`, the flags of `set_vring_addr`,
-//! `VHOST_F_LOG_ALL`), config changes (`set_backend_req_fd` would keep the channel), device state
+//! `VHOST_F_LOG_ALL`), device state
 //! (`set_device_state_fd`, `check_device_state`). None of their features is offered.
 
 use std::fs::File;
@@ -31,6 +32,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::backend::Backend;
+use crate::channel::{self, Channel};
 use crate::config;
 use crate::device::Inner;
 use crate::events::Event;
@@ -125,12 +127,13 @@ fn next<B: Backend>(
     let set_status = request == FrontendReq::SET_STATUS as u32 && offered;
     let get_status = request == FrontendReq::GET_STATUS as u32 && offered;
     let unknown = FrontendReq::try_from(request).is_err();
-    if !set_status && !get_status && !unknown {
+    let set_channel = request == FrontendReq::SET_BACKEND_REQ_FD as u32
+        && session.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ);
+    if !set_status && !get_status && !set_channel && !unknown {
         drop(session);
         return handler.handle_request();
     }
-    // Descriptors that come along are closed by the kernel, as nobody receives them.
-    own.read_exact(&mut header).map_err(Error::SocketBroken)?;
+    let descriptors = channel::receive_header(own, &mut header).map_err(Error::SocketBroken)?;
     let (Some(flags), Some(size)) = (word(&header, 4), word(&header, 8)) else {
         return Err(Error::InvalidMessage);
     };
@@ -147,6 +150,11 @@ fn next<B: Backend>(
         let [status, ..] = body[..] else { return Err(Error::InvalidMessage) };
         session.status = status;
         wants_ack.then_some(0)
+    } else if set_channel {
+        let channel = descriptors.into_iter().next().and_then(Channel::of);
+        let answer = u64::from(channel.is_none());
+        session.device.set_channel(channel);
+        wants_ack.then_some(answer)
     } else if wants_ack {
         Some(1)
     } else {
@@ -307,6 +315,7 @@ impl<B: Backend> Session<B> {
     fn end(&mut self) {
         self.reset_rings();
         self.memory = Arc::default();
+        self.device.set_channel(None);
     }
 }
 
@@ -563,6 +572,7 @@ fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::STATUS
+        | VhostUserProtocolFeatures::BACKEND_REQ
 }
 
 impl<B: Backend> Inner<B> {

@@ -261,6 +261,7 @@ fn run<B: Backend>(
         spin: Duration::ZERO,
         slept: None,
         quit: false,
+        hurrying: false,
     };
     let mut started = Some(started);
     executor.block_on(poll_fn(|cx| {
@@ -378,6 +379,8 @@ impl<B: Backend> Queue<B> {
         loop {
             let mut work = slot.next().await;
             let rules = self.active.borrow().as_ref().map(|active| active.rules);
+            // The disk may have grown since the ring was started.
+            let rules = rules.map(|rules| Rules { capacity: self.common.backend.capacity(), ..rules });
             let (status, data_bytes) = match rules {
                 Some(rules) => self.request(&mut work, &rules).await,
                 None => (STATUS_IOERR, 0),
@@ -540,6 +543,14 @@ struct Duty<'a, B: Backend> {
     /// When the thread went to sleep with nothing in flight.
     slept: Option<Instant>,
     quit: bool,
+    /// The backend was told to hurry.
+    hurrying: bool,
+}
+
+impl<B: Backend> Drop for Duty<'_, B> {
+    fn drop(&mut self) {
+        self.hurry(false);
+    }
 }
 
 impl<B: Backend> Duty<'_, B> {
@@ -767,8 +778,23 @@ impl<B: Backend> Duty<'_, B> {
         }
     }
 
+    /// Tells the backend whether requests in flight are waited for.
+    fn hurry(&mut self, hurry: bool) {
+        if hurry != self.hurrying {
+            self.hurrying = hurry;
+            self.queue.common.backend.hurry(hurry);
+        }
+    }
+
     /// Answers the control thread what has come true.
     fn answer(&mut self) {
+        self.answer_now();
+        let asked = !self.parking.is_empty() || !self.stopping.is_empty() || !self.releasing.is_empty();
+        let in_flight = self.queue.active.borrow().as_ref().is_some_and(|active| active.ring.in_flight() > 0);
+        self.hurry(in_flight && (self.quit || asked));
+    }
+
+    fn answer_now(&mut self) {
         self.releasing.retain(|(old, sender)| {
             let gone = old.strong_count() == 0;
             if gone {

@@ -3,21 +3,28 @@
 use serde::{Deserialize, Serialize};
 
 use super::Command;
+use super::checks::bad_argument;
+use crate::service::CommandError;
 
-/// Asks what changed between an older instant and a snapshot.
+/// Asks what changed between an older instant and a snapshot or a checkpoint.
 ///
-/// Answers come in pages. For whole backups read the export's `qemu:dirty-bitmap:` context
+/// An answer, once given, is given again for as long as the younger end is there, from any offset. Answers come
+/// in pages. For whole backups read the export's `qemu:dirty-bitmap:` context
 /// over NBD instead: it is made for bulk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct QueryChangedBlocks {
     /// The disk's name.
     pub disk: String,
-    /// The older instant: a change id `GENERATION/EPOCH`, or the name of an older snapshot of
+    /// The older instant: a change id `GENERATION/EPOCH`, or the name of an older snapshot or a checkpoint of
     /// the disk. Names contain no `/`; see [`since`](Self::since).
     pub since: String,
-    /// The snapshot that holds the younger instant.
-    pub snapshot: String,
+    /// The snapshot that holds the younger instant; or else `until`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// The younger instant: the name of a snapshot that is held or of a checkpoint, or the change id of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<String>,
     /// First byte of interest; 0 when absent. To go on, the previous page's `next-offset`.
     #[serde(default)]
     pub offset: u64,
@@ -31,20 +38,31 @@ pub struct QueryChangedBlocks {
 pub enum Since<'a> {
     /// A text meant as a change id, not yet parsed.
     ChangeId(&'a str),
-    /// The name of a snapshot.
-    Snapshot(&'a str),
+    /// The name of a snapshot or a checkpoint.
+    Name(&'a str),
 }
 
 impl QueryChangedBlocks {
     /// What kind of text `since` is.
     pub fn since(&self) -> Since<'_> {
-        if self.since.contains('/') { Since::ChangeId(&self.since) } else { Since::Snapshot(&self.since) }
+        if self.since.contains('/') { Since::ChangeId(&self.since) } else { Since::Name(&self.since) }
     }
 }
 
 impl Command for QueryChangedBlocks {
     const NAME: &'static str = "query-changed-blocks";
     type Answer = ChangedBlocks;
+
+    fn check(&self) -> Result<(), CommandError> {
+        match (&self.snapshot, &self.until) {
+            (Some(_), None) | (None, Some(_)) => Ok(()),
+            (None, None) => Err(CommandError::generic(
+                crate::service::reason::MISSING_ARGUMENT,
+                "Parameter 'until' is missing",
+            )),
+            (Some(_), Some(_)) => Err(bad_argument("until", "not to be there beside 'snapshot'")),
+        }
+    }
 }
 
 /// How many ranges a page has at most: 1 to 65536, 1024 when absent.
@@ -96,13 +114,13 @@ pub struct PageLimitError(u64);
 pub struct ChangedBlocks {
     /// The disk's name.
     pub disk: String,
-    /// The snapshot's name.
+    /// The younger end's name: that of a snapshot, or of a checkpoint.
     pub snapshot: String,
     /// The older instant as a change id, however it was asked for.
     pub since: String,
-    /// The snapshot's change id: the `since` of the next backup.
+    /// The younger end's change id: the `since` of the next backup.
     pub until: String,
-    /// Size of the frozen image in bytes.
+    /// Size of the disk at the younger instant, in bytes.
     pub size: u64,
     /// Unit of tracking in bytes: ranges begin and end at multiples of it, except where the
     /// `offset` asked for or the end of the disk cuts one.
@@ -131,7 +149,20 @@ mod tests {
     fn a_change_id_is_told_from_a_name_by_its_slash() {
         let query = |since: &str| QueryChangedBlocks { since: since.to_owned(), ..Default::default() };
         assert_eq!(query("g/7").since(), Since::ChangeId("g/7"));
-        assert_eq!(query("s1").since(), Since::Snapshot("s1"));
+        assert_eq!(query("s1").since(), Since::Name("s1"));
+    }
+
+    #[test]
+    fn there_is_one_younger_end() {
+        let query = |snapshot: Option<&str>, until: Option<&str>| QueryChangedBlocks {
+            snapshot: snapshot.map(str::to_owned),
+            until: until.map(str::to_owned),
+            ..Default::default()
+        };
+        assert_eq!(query(Some("s"), None).check(), Ok(()));
+        assert_eq!(query(None, Some("c")).check(), Ok(()));
+        assert_eq!(query(None, None).check().unwrap_err().reason, "missing-argument");
+        assert_eq!(query(Some("s"), Some("c")).check().unwrap_err().reason, "bad-argument");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Command, Timestamp};
+use super::{Command, RewindInfo, StoreInfo, Timestamp};
 
 /// Asks for all disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,6 +12,38 @@ pub struct QueryDisks {}
 impl Command for QueryDisks {
     const NAME: &'static str = "query-disks";
     type Answer = Vec<DiskInfo>;
+}
+
+/// Makes a disk larger, while it is served. What is new reads as zeros, and counts as changed.
+///
+/// The image becomes as long, unless it is a block device: that has to have the size already.
+///
+/// Analogue: QEMU's `block_resize`, which names the disk by `device` or `node-name`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BlockResize {
+    /// The disk's name.
+    pub disk: String,
+    /// The new capacity in bytes: a multiple of the logical block size, not smaller than now.
+    pub size: u64,
+}
+
+impl Command for BlockResize {
+    const NAME: &'static str = "block_resize";
+    type Answer = BlockResized;
+}
+
+/// A disk that has the size that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockResized {
+    /// The disk's name.
+    pub disk: String,
+    /// Its capacity in bytes.
+    pub size: u64,
+    /// Whether the front end was told. If not, the guest sees the new size when its front end connects
+    /// again.
+    pub announced: bool,
 }
 
 /// A disk and how it is.
@@ -50,6 +82,15 @@ pub struct DiskInfo {
     pub snapshots: u32,
     /// Bytes that its difference stores take on the host.
     pub held: u64,
+    /// The rewind that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rewind: Option<RewindInfo>,
+    /// Whether the history was exported: every change is refused, until the daemon ends.
+    #[serde(default)]
+    pub handed_over: bool,
+    /// Where they are, and how much still fits.
+    #[serde(default)]
+    pub store: StoreInfo,
 }
 
 /// Change tracking of one disk.

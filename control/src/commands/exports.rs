@@ -17,10 +17,14 @@ pub struct NbdExportAdd {
     pub disk: String,
     /// The snapshot's name.
     pub snapshot: String,
-    /// An older snapshot of the disk: the export has exactly one context
+    /// An older snapshot or a checkpoint of the disk: the export has exactly one context
     /// `qemu:dirty-bitmap:NAME`, what changed since. When absent it has one for each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+    /// What a client trims is released: its space in the difference store is given back, and it can never be
+    /// read again. Only while no older snapshot of the disk looks through this one; else trims do nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub release_on_trim: bool,
     /// A text for people, at most 4096 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -81,8 +85,11 @@ pub struct ExportInfo {
     pub description: Option<String>,
     /// Size in bytes.
     pub size: u64,
-    /// Whether clients may only read.
+    /// Whether its content cannot be changed.
     pub read_only: bool,
+    /// Whether what a client trims is released.
+    #[serde(default)]
+    pub release_on_trim: bool,
     /// Clients connected now.
     pub clients: u32,
     /// Where to reach it, such as `nbd+unix:///NAME?socket=PATH`.

@@ -4,8 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::checks::{check_disks, check_name};
-use super::{Command, OverlayInfo, Timestamp};
+use super::checks::{bad_argument, check_disks, check_name};
+use super::{Command, MAX_HOLD_DEADLINE, OnOverflow, OverlayInfo, Timestamp};
 use crate::service::CommandError;
 
 /// Freezes disks at one instant.
@@ -19,6 +19,15 @@ pub struct SnapshotCreate {
     /// Disks to freeze, all when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<String>>,
+    /// What happens when there is no space for old content.
+    #[serde(default)]
+    pub on_overflow: OnOverflow,
+    /// How long writes wait then, in seconds; 30 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_deadline: Option<u32>,
+    /// Bytes of old content that it may hold on each disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
 }
 
 impl Command for SnapshotCreate {
@@ -27,6 +36,12 @@ impl Command for SnapshotCreate {
 
     fn check(&self) -> Result<(), CommandError> {
         check_name("name", &self.name)?;
+        if self.hold_deadline.is_some_and(|seconds| !(1..=MAX_HOLD_DEADLINE).contains(&seconds)) {
+            return Err(bad_argument("hold-deadline", "1 to 3600 seconds"));
+        }
+        if self.limit == Some(0) {
+            return Err(bad_argument("limit", "more than 0 bytes; leave it out for no limit"));
+        }
         check_disks(self.disks.as_deref())
     }
 }
@@ -120,8 +135,32 @@ pub struct SnapshotInfo {
     /// Why it is broken: a stable code such as `store-full`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// When it broke, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken_time: Option<Timestamp>,
+    /// The system's error number with which it broke, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub errno: Option<u32>,
+    /// What happens when there is no space for old content.
+    #[serde(default)]
+    pub on_overflow: OnOverflow,
+    /// How long writes wait then, in seconds, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_deadline: Option<u32>,
+    /// Bytes of old content that it may hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
     /// Bytes that its difference store takes on the host.
     pub held: u64,
+    /// Bytes of the difference store that deleting it would free, once the background has done its part:
+    /// those that no older snapshot needs. What older ones look for in it passes to the next older one.
+    /// Exact up to about a million kept grains of all snapshots together, an estimate above.
+    #[serde(default)]
+    pub bytes_freed_by_delete: u64,
+    /// Bytes of the image that readers have released: they can never be read again, and no overlay can be
+    /// opened on what is left.
+    #[serde(default)]
+    pub released: u64,
     /// Names of the NBD exports that read it.
     #[serde(default)]
     pub exports: Vec<String>,
@@ -149,6 +188,7 @@ mod tests {
         let with = |disks: &[&str]| SnapshotCreate {
             name: "s".to_owned(),
             disks: Some(disks.iter().map(|&d| d.to_owned()).collect()),
+            ..SnapshotCreate::default()
         };
         assert_eq!(with(&["a", "b"]).check(), Ok(()));
         assert!(with(&[]).check().is_err());

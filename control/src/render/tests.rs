@@ -26,6 +26,9 @@ fn disk(name: &str, connected: bool) -> DiskInfo {
         io: IoCounters { read_bytes: 1_572_864, ..IoCounters::default() },
         snapshots: 2,
         held: 5000,
+        rewind: None,
+        handed_over: false,
+        store: Default::default(),
     }
 }
 
@@ -43,6 +46,19 @@ archive  10 GiB  rw    -          off: new-disk          2  4.8 KiB  1.5 MiB    
 }
 
 #[test]
+fn a_rewind_says_how_far_it_is() {
+    let rewind = RewindInfo { snapshot: "s1".to_owned(), bytes: 8 << 20, bytes_left: 5 << 20, trouble: None };
+    let mut vda = DiskInfo { rewind: Some(rewind.clone()), ..disk("vda", false) };
+    let expected = "vda becomes s1 again: 5 MiB of 8 MiB are to be copied back\n";
+    assert!(disks(&[vda.clone()]).ends_with(expected));
+    assert_eq!(rewound("vda", &rewind), expected);
+    vda.rewind = Some(RewindInfo { trouble: Some("no room".to_owned()), ..rewind });
+    assert!(disks(&[vda]).ends_with("are to be copied back, which fails: no room\n"));
+    let none = RewindInfo { snapshot: "s1".to_owned(), bytes: 0, bytes_left: 0, trouble: None };
+    assert_eq!(rewound("vda", &none), "vda is as in s1: nothing was to be copied back\n");
+}
+
+#[test]
 fn a_broken_snapshot_says_why() {
     let mut snapshot = SnapshotInfo {
         name: "s1".to_owned(),
@@ -52,13 +68,20 @@ fn a_broken_snapshot_says_why() {
         size: 1 << 30,
         state: SnapshotState::Broken,
         reason: Some("store-full".to_owned()),
-        held: 0,
+        broken_time: None,
+        errno: Some(28),
+        on_overflow: Default::default(),
+        hold_deadline: None,
+        limit: None,
+        held: 5000,
+        bytes_freed_by_delete: 4096,
+        released: 8192,
         exports: vec!["a".to_owned(), "b".to_owned()],
         overlays: Vec::new(),
     };
     let expected = "\
-SNAPSHOT  DISK  CREATED                SIZE  HELD  STATE               CHANGE ID  EXPORTS
-s1        vda   2026-11-22 15:51:12Z  1 GiB   0 B  broken: store-full  g/1        a,b
+SNAPSHOT  DISK  CREATED                SIZE     HELD  FREES  STATE               CHANGE ID  EXPORTS
+s1        vda   2026-11-22 15:51:12Z  1 GiB  4.8 KiB  4 KiB  broken: store-full  g/1        a,b
 ";
     assert_eq!(snapshots(&[snapshot.clone()]), expected);
     snapshot.overlays.push(overlay());
@@ -131,6 +154,7 @@ fn exports_show_where_to_reach_them() {
         description: None,
         size: 1 << 20,
         read_only: true,
+        release_on_trim: false,
         clients: 1,
         uri: "nbd+unix:///?socket=/run/n".to_owned(),
     };
@@ -138,7 +162,8 @@ fn exports_show_where_to_reach_them() {
 EXPORT     DISK  SNAPSHOT   SIZE  MODE  CLIENTS  BITMAPS  URI
 (default)  vda   s1        1 MiB  ro          1  -        nbd+unix:///?socket=/run/n
 ";
-    assert_eq!(exports(&[export]), expected);
+    assert_eq!(exports(std::slice::from_ref(&export)), expected);
+    assert!(exports(&[ExportInfo { release_on_trim: true, ..export }]).contains("ro, trim releases"));
 }
 
 #[test]

@@ -83,6 +83,9 @@ impl Service for Rehearsal {
             io: IoCounters::default(),
             snapshots: 0,
             held: 0,
+            rewind: None,
+            handed_over: false,
+            store: Default::default(),
         };
         Ok(vec![disk("vda"), disk("vdb")])
     }
@@ -110,7 +113,14 @@ impl Service for Rehearsal {
                 size: SIZE,
                 state: SnapshotState::Active,
                 reason: None,
+                broken_time: None,
+                errno: None,
+                on_overflow: arguments.on_overflow,
+                hold_deadline: arguments.hold_deadline,
+                limit: arguments.limit,
                 held: 0,
+                bytes_freed_by_delete: 0,
+                released: 0,
                 exports: Vec::new(),
                 overlays: Vec::new(),
             });
@@ -123,6 +133,15 @@ impl Service for Rehearsal {
             held_writes_us: 300,
             disks: points,
         })
+    }
+
+    fn store_append(&self, arguments: StoreAppend) -> Answer<AreaInfo> {
+        let StoreAppend { path, size, .. } = arguments;
+        Ok(AreaInfo { path, kind: "file".to_owned(), size, used: 0 })
+    }
+
+    fn store_limit(&self, _: StoreLimit) -> Answer<Nothing> {
+        Ok(Nothing {})
     }
 
     fn snapshot_delete(&self, arguments: SnapshotDelete) -> Answer<SnapshotDeleted> {
@@ -164,6 +183,11 @@ impl Service for Rehearsal {
         Err(CommandError::not_found(reason::OVERLAY_NOT_FOUND, text))
     }
 
+    fn disk_revert(&self, arguments: DiskRevert) -> Answer<RewindInfo> {
+        let snapshot = self.snapshot(&arguments.disk, &arguments.snapshot)?;
+        Ok(RewindInfo { snapshot: snapshot.name, bytes: 0, bytes_left: 0, trouble: None })
+    }
+
     fn query_snapshots(&self, arguments: QuerySnapshots) -> Answer<Vec<SnapshotInfo>> {
         let mut snapshots = self.snapshots.lock().unwrap().clone();
         snapshots.retain(|s| arguments.disk.as_ref().is_none_or(|disk| *disk == s.disk));
@@ -171,17 +195,18 @@ impl Service for Rehearsal {
     }
 
     fn query_changed_blocks(&self, arguments: QueryChangedBlocks) -> Answer<ChangedBlocks> {
-        let snapshot = self.snapshot(&arguments.disk, &arguments.snapshot)?;
+        let name = arguments.snapshot.clone().or(arguments.until.clone()).unwrap_or_default();
+        let snapshot = self.snapshot(&arguments.disk, &name)?;
         let since = match arguments.since() {
             Since::ChangeId(id) => id.to_owned(),
-            Since::Snapshot(name) => self.snapshot(&arguments.disk, name)?.change_id,
+            Since::Name(name) => self.snapshot(&arguments.disk, name)?.change_id,
         };
         let step = 2 * BLOCK;
         let first = arguments.offset.div_ceil(step);
         let mut ranges = (first..SIZE / step).map(|number| number * step);
         Ok(ChangedBlocks {
             disk: arguments.disk,
-            snapshot: arguments.snapshot,
+            snapshot: name,
             since,
             until: snapshot.change_id,
             size: SIZE,
@@ -193,6 +218,58 @@ impl Service for Rehearsal {
                 .collect(),
             next_offset: ranges.next(),
         })
+    }
+
+    fn checkpoint_create(&self, arguments: CheckpointCreate) -> Answer<CheckpointCreated> {
+        let disks = arguments.disks.unwrap_or_else(|| vec!["vda".to_owned(), "vdb".to_owned()]);
+        let point = |disk: String| {
+            let SnapshotInfo { change_id, size, .. } = self.snapshot(&disk, &arguments.snapshot)?;
+            Ok(SnapshotPoint { disk, change_id, size })
+        };
+        let disks = disks.into_iter().map(point).collect::<Answer<_>>()?;
+        Ok(CheckpointCreated { name: arguments.name, disks })
+    }
+
+    fn checkpoint_delete(&self, arguments: CheckpointDelete) -> Answer<CheckpointDeleted> {
+        let text = format!("There is no checkpoint '{}'", arguments.name);
+        Err(CommandError::not_found(reason::CHECKPOINT_NOT_FOUND, text))
+    }
+
+    fn query_checkpoints(&self, _: QueryCheckpoints) -> Answer<Vec<CheckpointInfo>> {
+        Ok(Vec::new())
+    }
+
+    fn query_incremental(&self, arguments: QueryIncremental) -> Answer<Vec<IncrementalInfo>> {
+        let disk = |disk: &str| IncrementalInfo {
+            disk: disk.to_owned(),
+            possible: true,
+            since: Some(arguments.since.clone()),
+            reason: None,
+            desc: None,
+        };
+        Ok(vec![disk("vda"), disk("vdb")])
+    }
+
+    fn block_resize(&self, arguments: BlockResize) -> Answer<BlockResized> {
+        Ok(BlockResized { disk: arguments.disk, size: arguments.size, announced: false })
+    }
+
+    fn query_change_map(&self, arguments: QueryChangeMap) -> Answer<ChangeMap> {
+        Ok(ChangeMap {
+            disk: arguments.disk,
+            cells: arguments.cells.get(),
+            exact: true,
+            ..Default::default()
+        })
+    }
+
+    fn tracker_export(&self, arguments: TrackerExport) -> Answer<TrackerExported> {
+        let text = format!("Disk '{}' is only rehearsed", arguments.disk);
+        Err(CommandError::generic(reason::NOT_MOVABLE, text))
+    }
+
+    fn tracker_mark(&self, _: TrackerMark) -> Answer<Nothing> {
+        Ok(Nothing {})
     }
 
     fn nbd_export_add(&self, _: NbdExportAdd) -> Answer<ExportInfo> {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::areas::{AreaKind, OpenedArea};
 use crate::memory::Segment;
 
 /// How transfers of a file are carried out.
@@ -266,6 +267,48 @@ impl HostDir {
         let names = std::fs::read_dir(&self.path)?.map(|entry| entry.map(|e| e.file_name().into_string()));
         names.filter_map(|name| name.map(Result::ok).transpose()).collect()
     }
+}
+
+/// Opens an area of a difference store; see [`crate::Storage::open_area`].
+pub(super) fn open_area(path: &Path, name: &str, make: bool) -> io::Result<OpenedArea<HostFile>> {
+    if !path.is_absolute() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is not absolute"));
+    }
+    let found = match std::fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && make => None,
+        found => Some(found?.file_type()),
+    };
+    let kind = match found {
+        Some(found) if found.is_dir() => AreaKind::Directory,
+        Some(found) if found.is_block_device() => AreaKind::Device,
+        Some(found) if !found.is_file() => {
+            let text = "it is neither a directory nor a regular file nor a block device";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        _ => AreaKind::File,
+    };
+    let real = if kind == AreaKind::Directory { path.join(name) } else { path.to_owned() };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    // Exclusive, a device that is mounted or part of something else is busy.
+    options.custom_flags(if kind == AreaKind::Device { libc::O_EXCL } else { 0 });
+    let may_make = make && kind != AreaKind::Device;
+    let file = options.create(may_make).truncate(false).open(&real)?;
+    if may_make {
+        file.sync_all()?;
+        if let Some(parent) = real.parent() {
+            File::open(parent)?.sync_all()?;
+        }
+    }
+    let metadata = file.metadata()?;
+    let backing = if kind == AreaKind::Device { Backing::BlockDevice } else { Backing::File };
+    let len = length_of(&file, backing)?;
+    let identity = match backing {
+        Backing::BlockDevice => (metadata.rdev(), 0),
+        Backing::File => (metadata.dev(), metadata.ino()),
+    };
+    let file = HostFile { backing, ..HostFile::state(file, real) };
+    Ok(OpenedArea { file, kind, len, identity })
 }
 
 /// Length in bytes of a file or block device.

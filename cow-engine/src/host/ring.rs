@@ -60,10 +60,11 @@ impl Ops {
 
 /// Operations in the kernel below which the next one is submitted at once: a device that has little to
 /// do shall not wait until a whole round of requests was prepared.
-const FEW: usize = 32;
+const FEW: usize = 12;
 
-/// Operations that are submitted together while the device has enough to do.
-const TOGETHER: usize = 2;
+/// Operations that are submitted together while the device has enough to do: it is told of them, and tells of
+/// their end, once.
+const TOGETHER: usize = 12;
 
 /// Completions of cancel requests: nobody waits for them.
 const CANCEL: u64 = u64::MAX;

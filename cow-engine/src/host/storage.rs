@@ -1,17 +1,19 @@
 //! The [`Storage`] seam on a host: transfers through the ring or on the spot, whole or an error.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
 use cbt::{ByteRange, SharedCells};
 use io_uring::{opcode, squeue, types};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{Advice, FallocateFlags};
 
 use super::executor::Inner;
-use super::file::{Engine, HostDir, HostFile, length_of};
+use super::file::{Backing, Engine, HostDir, HostFile, length_of};
 use super::ring::{Op, Ring};
+use crate::areas::OpenedArea;
 use crate::memory::{AlignedBuf, Segment, Source, Target};
 use crate::storage::{Durability, Extent, Storage, Zeroing};
 
@@ -232,6 +234,21 @@ impl Storage for HostStorage {
         unsafe { self.op(entry) }.await.map(drop)
     }
 
+    fn write_behind(&self, file: &HostFile, range: ByteRange) -> io::Result<()> {
+        sync_range(file, range, libc::SYNC_FILE_RANGE_WRITE)
+    }
+
+    fn write_out(&self, file: &HostFile, range: ByteRange) -> io::Result<()> {
+        let wait = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+        sync_range(file, range, wait | libc::SYNC_FILE_RANGE_WRITE)
+    }
+
+    fn drop_behind(&self, file: &HostFile, range: ByteRange) -> io::Result<()> {
+        self.write_out(file, range)?;
+        let len = NonZeroU64::new(range.len());
+        Ok(rustix::fs::fadvise(&file.file, range.start(), len, Advice::DontNeed)?)
+    }
+
     async fn zero(&self, file: &HostFile, range: ByteRange, zeroing: Zeroing) -> io::Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -281,6 +298,13 @@ impl Storage for HostStorage {
         length_of(&file.file, file.backing())
     }
 
+    fn set_len(&self, file: &HostFile, len: u64) -> io::Result<()> {
+        match file.backing() {
+            Backing::File => file.file.set_len(len),
+            Backing::BlockDevice => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
     fn allocate(&self, file: &HostFile, len: u64) -> io::Result<()> {
         if len > 0 {
             rustix::fs::fallocate(&file.file, FallocateFlags::empty(), 0, len)?;
@@ -312,6 +336,10 @@ impl Storage for HostStorage {
         dir.list()
     }
 
+    fn open_area(&self, path: &str, name: &str, make: bool) -> io::Result<OpenedArea<HostFile>> {
+        super::file::open_area(std::path::Path::new(path), name, make)
+    }
+
     fn sync_dir(&self, dir: &HostDir) -> io::Result<()> {
         std::fs::File::open(dir.path())?.sync_all()
     }
@@ -325,6 +353,16 @@ impl Storage for HostStorage {
         // The answer is always an error: it timed out, or was cancelled.
         let _ = unsafe { self.op(entry) }.await;
     }
+}
+
+/// `sync_file_range(2)`, where the kernel has it for this kind of file.
+fn sync_range(file: &HostFile, range: ByteRange, flags: libc::c_uint) -> io::Result<()> {
+    let at = i64::try_from(range.start()).map_err(io::Error::other)?;
+    let len = i64::try_from(range.len()).map_err(io::Error::other)?;
+    // SAFETY: the call takes a descriptor, which `file` keeps open, and numbers.
+    // JUSTIFICATION: neither std nor rustix has it.
+    let answer = unsafe { libc::sync_file_range(file.file.as_raw_fd(), at, len, flags) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn to_usize(n: u64) -> io::Result<usize> {

@@ -242,7 +242,7 @@ pub(super) fn remove_head<S: Storage>(io: &S, dir: &S::Dir, number: u32) -> Resu
 }
 
 /// Removes all files of an overlay, the head first: what is left then belongs to nothing.
-pub(super) fn remove_files<S: Storage>(io: &S, dir: &S::Dir, number: u32) -> Result<(), Error> {
+pub(crate) fn remove_files<S: Storage>(io: &S, dir: &S::Dir, number: u32) -> Result<(), Error> {
     remove_head(io, dir, number)?;
     remove(io, dir, &head::data_file(number))?;
     remove(io, dir, &head::cells_file(number))
@@ -253,6 +253,11 @@ fn remove<S: Storage>(io: &S, dir: &S::Dir, file: &str) -> Result<(), Error> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         result => result.map_err(Error::io("removing an overlay's files")),
     }
+}
+
+/// Bytes of the cells' file of an overlay of `capacity` bytes.
+pub(crate) fn len_of_cells<C: cbt::Cells>(capacity: u64) -> u64 {
+    bytes_of(Owned::<C>::cells_needed(capacity))
 }
 
 fn bytes_of(cells: usize) -> u64 {

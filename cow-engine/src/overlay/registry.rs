@@ -10,6 +10,8 @@
 //! | to be kept | another boot, and not closed in order | removed, with the reason |
 //! | damaged | | removed, with the reason |
 
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Overlay;
@@ -25,6 +27,8 @@ use crate::view::View;
 /// The overlays of a disk.
 pub(crate) struct Overlays<S: Storage> {
     layers: Mutex<Vec<Arc<Layer<S>>>>,
+    /// A rewind is being begun: nobody begins to release.
+    rewinding: AtomicBool,
     /// The host's boot, which heads are written with.
     boot: [u8; 16],
 }
@@ -69,7 +73,8 @@ impl<S: Storage> Overlays<S> {
             }
             remove_files(io, left.dir, number)?;
         }
-        Ok((Self { layers: Mutex::new(layers), boot: left.boot }, dropped))
+        let rewinding = AtomicBool::new(false);
+        Ok((Self { layers: Mutex::new(layers), rewinding, boot: left.boot }, dropped))
     }
 
     /// Heads say that the overlays are in use. The superblock said so of the disk before: were it the
@@ -109,6 +114,48 @@ impl<S: Storage> Overlays<S> {
         Err(Error::SnapshotInUse { name: snapshot.name().to_owned(), overlays: names.join(", ") })
     }
 
+    /// Lets readers release parts of a snapshot, on which no overlay is opened from then on; `false` while the
+    /// disk is rewound.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotInUse`] while it has overlays.
+    pub(crate) fn begin_release(
+        &self,
+        snapshot: &Snapshot<S>,
+        is_rewinding: impl FnOnce() -> bool,
+    ) -> Result<bool, Error> {
+        let layers = self.lock();
+        if self.rewinding.load(SeqCst) || is_rewinding() {
+            return Ok(false);
+        }
+        if layers.iter().any(|layer| layer.head.snapshot == snapshot.sequence) {
+            drop(layers);
+            return self.check_unused(snapshot).map(|()| false);
+        }
+        // Told while nobody can add one.
+        snapshot.released.begin();
+        Ok(true)
+    }
+
+    /// Lets nobody begin to release for as long as the answer is held.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotReleased`] if a reader has begun to release parts of `snapshot`.
+    pub(crate) fn hold_whole(&self, snapshot: &Snapshot<S>) -> Result<Whole<'_, S>, Error> {
+        let _layers = self.lock();
+        check_whole(snapshot)?;
+        self.rewinding.store(true, SeqCst);
+        Ok(Whole { overlays: self })
+    }
+
+    /// Adds an overlay, unless its snapshot has released something meanwhile.
+    fn add(&self, snapshot: &Snapshot<S>, layer: &Arc<Layer<S>>) -> Result<(), Error> {
+        let mut layers = self.lock();
+        check_whole(snapshot)?;
+        layers.push(layer.clone());
+        Ok(())
+    }
+
     fn of(&self, snapshot: &Snapshot<S>) -> Vec<Arc<Layer<S>>> {
         let mut layers = self.all();
         layers.retain(|layer| layer.head.snapshot == snapshot.sequence);
@@ -133,6 +180,7 @@ impl<S: Storage> Disk<S> {
     ///
     /// # Errors
     /// [`Error::NoSuchSnapshot`], [`Error::SnapshotBroken`], [`Error::BadName`], [`Error::OverlayExists`];
+    /// [`Error::SnapshotReleased`] if a reader has released part of the snapshot;
     /// those of the files. After an error there is no overlay.
     ///
     /// # Panics
@@ -153,6 +201,7 @@ impl<S: Storage> Disk<S> {
         if let Some(reason) = snapshot.broken() {
             return Err(Error::SnapshotBroken { name: snapshot.name.clone(), reason: reason.to_owned() });
         }
+        check_whole(&snapshot)?;
         if self.overlays.of(&snapshot).iter().any(|layer| layer.head.name == name) {
             return Err(Error::OverlayExists { snapshot: snapshot.name.clone(), name: name.to_owned() });
         }
@@ -170,7 +219,10 @@ impl<S: Storage> Disk<S> {
             note: note.to_owned(),
         };
         let layer = Arc::new(Layer::create(io, &self.dir, head).await?);
-        self.overlays.lock().push(layer.clone());
+        if let Err(error) = self.overlays.add(&snapshot, &layer) {
+            remove_files(io, &self.dir, layer.head.number)?;
+            return Err(error);
+        }
         Ok(Overlay::new(View::new(self.clone(), snapshot), layer))
     }
 
@@ -232,6 +284,26 @@ impl<S: Storage> Disk<S> {
     }
 }
 
+/// Nobody begins to release; ends when dropped.
+pub(crate) struct Whole<'a, S: Storage> {
+    overlays: &'a Overlays<S>,
+}
+
+impl<S: Storage> Drop for Whole<'_, S> {
+    fn drop(&mut self) {
+        let _layers = self.overlays.lock();
+        self.overlays.rewinding.store(false, SeqCst);
+    }
+}
+
+/// Refuses a snapshot that can only be read in part.
+fn check_whole<S: Storage>(snapshot: &Snapshot<S>) -> Result<(), Error> {
+    match snapshot.has_released() {
+        true => Err(Error::SnapshotReleased { name: snapshot.name.clone() }),
+        false => Ok(()),
+    }
+}
+
 /// What becomes of an overlay that was left.
 enum Judged<S: Storage> {
     Kept(Box<Layer<S>>),
@@ -258,6 +330,10 @@ async fn judge<S: Storage>(io: &S, left: &Left<'_, S>, number: u32) -> Result<Ju
     let Some(snapshot) = left.chain.iter().find(same) else {
         return lost(left.reset.as_deref().unwrap_or("its snapshot is gone"));
     };
+    if snapshot.has_released() {
+        // It was being opened when a reader began to release: nobody was told of it.
+        return lost("a reader has released part of its snapshot");
+    }
     if head.boot != left.boot && !head.clean {
         return lost("the host stopped before it was on its medium");
     }
@@ -273,7 +349,7 @@ async fn judge<S: Storage>(io: &S, left: &Left<'_, S>, number: u32) -> Result<Ju
 }
 
 /// The numbers of overlays that have files, ascending.
-fn numbers(names: &[String]) -> Vec<u32> {
+pub(crate) fn numbers(names: &[String]) -> Vec<u32> {
     let mut all: Vec<u32> = names.iter().filter_map(|name| head::number_of(name)).collect();
     all.sort_unstable();
     all.dedup();

@@ -58,6 +58,8 @@ impl Rig {
             boot,
             events: Arc::new(|_| {}),
             merge_step: crate::MERGE_STEP,
+            store: crate::StorePlan::default(),
+            region_bytes: None,
         };
         self.executor.block_on(Disk::open(&self.executor.storage(), options)).unwrap()
     }

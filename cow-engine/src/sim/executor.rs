@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
 use super::storage::{SimDir, SimFile, SimStorage};
-use super::world::{Defect, Rule, World};
+use super::world::{Damage, Defect, Rule, World};
 use super::{FileKind, Random};
 
 #[derive(Default)]
@@ -99,6 +99,38 @@ impl Sim {
         file.write(at, bytes, now);
         let captured = file.capture();
         file.finish_sync(&captured);
+    }
+
+    /// Damages a state file while no engine has it open, durably. Does nothing if there is no such file.
+    pub fn damage(&self, dir: SimDir, name: &str, damage: Damage) {
+        let mut world = self.world.borrow_mut();
+        world.step();
+        let Some(&id) = world.dirs[dir.index()].names.get(name) else { return };
+        match damage {
+            Damage::Remove => {
+                world.dirs[dir.index()].remove(name);
+            }
+            Damage::Cut(len) => world.file(id).cut(len),
+            Damage::Flip(at) => world.file(id).change(at, 1, |bytes| bytes[0] ^= 0x10),
+            Damage::Zero(at, len) => world.file(id).change(at, len, |bytes| bytes.fill(0)),
+            Damage::Copy { from, to, len } => {
+                let mut copy = vec![0; len];
+                world.file(id).read(from, &mut copy);
+                world.file(id).change(to, len, |bytes| bytes.copy_from_slice(&copy[..bytes.len()]));
+            }
+        }
+    }
+
+    /// A directory as a process that begins now would find it.
+    pub fn files(&self, dir: SimDir) -> super::SimFiles {
+        super::SimFiles::new(self.world.clone(), dir)
+    }
+
+    /// Bytes of a state file; 0 if there is no such file.
+    pub fn len_of(&self, dir: SimDir, name: &str) -> u64 {
+        let world = self.world.borrow();
+        let file = world.dirs[dir.index()].names.get(name).and_then(|id| world.files.get(id));
+        file.map_or(0, |file| file.len)
     }
 
     /// Sets the faults that may happen from now on.

@@ -82,10 +82,28 @@ fn parts(at: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>, Range<
     })
 }
 
+/// Cells that a file may have at least before its memory would have to move.
+const RESERVE: usize = 1 << 14;
+
 /// The mapping of a file of cells: the same memory for every process of one boot.
 struct Mapped {
     cells: Arc<[AtomicU32]>,
     synced: Vec<u32>,
+    /// Pages that a sync failed to write, as they were: until they change no sync will.
+    lost: BTreeMap<usize, Vec<u32>>,
+}
+
+impl Mapped {
+    fn new(values: Vec<u32>) -> Self {
+        let cells = values.iter().map(|&value| AtomicU32::new(value)).collect();
+        Self { cells, synced: values, lost: BTreeMap::new() }
+    }
+
+    /// The cells of a page of the first `count`, as they are.
+    fn page(&self, page: usize, count: usize) -> Vec<u32> {
+        let cells = &self.cells[page * CELLS_PER_PAGE..count.min((page + 1) * CELLS_PER_PAGE)];
+        cells.iter().map(|cell| cell.load(SeqCst)).collect()
+    }
 }
 
 /// Pages, and their sectors, that a sync has to make durable.
@@ -128,6 +146,17 @@ impl File {
         }
     }
 
+    /// As [`File::read`], through the mapping if there is one.
+    pub(super) fn read_mapped(&self, at: u64, out: &mut [u8]) {
+        self.read(at, out);
+        let Some(mapped) = &self.mapped else { return };
+        for (at, byte) in (at..).zip(out) {
+            let cell = usize::try_from(at / 4).ok().and_then(|cell| mapped.cells.get(cell));
+            let bytes = cell.map_or([0; 4], |cell| cell.load(SeqCst).to_le_bytes());
+            *byte = bytes[usize::try_from(at % 4).unwrap_or(0)];
+        }
+    }
+
     pub(super) fn write(&mut self, at: u64, bytes: &[u8], now: u64) {
         for (page, place, part) in parts(at, bytes.len()) {
             let page = self.pages.entry(page).or_insert_with(Page::hole);
@@ -151,8 +180,14 @@ impl File {
         self.mtime = now;
     }
 
-    /// Whether the page of byte `at` is a hole.
+    /// Whether the page of byte `at` is a hole. What was stored through a mapping is seen once it was synced: there
+    /// are file systems of which more cannot be said.
     pub(super) fn is_hole(&self, at: u64) -> bool {
+        if let Some(mapped) = &self.mapped {
+            let page = usize::try_from(at / PAGE as u64).unwrap_or(usize::MAX);
+            let cells = mapped.synced.chunks(CELLS_PER_PAGE).nth(page);
+            return cells.is_none_or(|cells| cells.iter().all(|&cell| cell == 0));
+        }
         self.pages.get(&(at / PAGE as u64)).is_none_or(|page| page.hole)
     }
 
@@ -203,13 +238,28 @@ impl File {
         self.len = self.len.max(len);
     }
 
-    /// The mapping's cells; made of the file's bytes the first time.
+    pub(super) fn set_len(&mut self, len: u64, now: u64) {
+        if len < self.len {
+            self.cut_to(len);
+        }
+        self.len = len;
+        self.mtime = now;
+        if let Some(mapped) = &mut self.mapped {
+            let count = usize::try_from(len / 4).unwrap_or(usize::MAX).min(mapped.synced.len());
+            mapped.cells[count..].iter().for_each(|cell| cell.store(0, SeqCst));
+            mapped.synced[count..].fill(0);
+        }
+    }
+
+    /// The mapping's cells, and room for more; made of the file's bytes the first time.
     pub(super) fn map(&mut self, count: usize) -> Arc<[AtomicU32]> {
         if let Some(mapped) = self.mapped.as_ref().filter(|mapped| mapped.cells.len() >= count) {
             return mapped.cells.clone();
         }
-        let cells: Arc<[AtomicU32]> = (0..count).map(|_| AtomicU32::new(0)).collect();
-        self.mapped = Some(Mapped { cells: cells.clone(), synced: vec![0; count] });
+        assert!(self.mapped.is_none(), "a simulated map has room for {RESERVE} cells");
+        let mapped = Mapped::new(vec![0; count.max(RESERVE)]);
+        let cells = mapped.cells.clone();
+        self.mapped = Some(mapped);
         cells
     }
 
@@ -217,11 +267,31 @@ impl File {
         self.mapped.as_ref().is_some_and(|mapped| Arc::ptr_eq(&mapped.cells, cells))
     }
 
-    pub(super) fn sync_cells(&mut self) {
+    /// The first `count` cells are durable.
+    pub(super) fn sync_cells(&mut self, count: usize) {
         if let Some(mapped) = &mut self.mapped {
-            mapped.synced = mapped.cells.iter().map(|cell| cell.load(SeqCst)).collect();
+            for page in 0..count.div_ceil(CELLS_PER_PAGE) {
+                let now = mapped.page(page, count);
+                if mapped.lost.get(&page) != Some(&now) {
+                    mapped.lost.remove(&page);
+                    let first = page * CELLS_PER_PAGE;
+                    mapped.synced[first..first + now.len()].copy_from_slice(&now);
+                }
+            }
         }
         self.durable_len = self.len;
+    }
+
+    /// A sync of the first `count` cells has failed: what had changed is clean, and not durable.
+    pub(super) fn lose_cells(&mut self, count: usize) {
+        let Some(mapped) = &mut self.mapped else { return };
+        for page in 0..count.div_ceil(CELLS_PER_PAGE) {
+            let now = mapped.page(page, count);
+            let first = page * CELLS_PER_PAGE;
+            if mapped.synced[first..first + now.len()] != now {
+                mapped.lost.insert(page, now);
+            }
+        }
     }
 
     /// The cells as they are, to be put back by [`File::restore_cells`].
@@ -268,13 +338,42 @@ impl File {
                     now.copy_from_slice(then);
                 }
             }
-            values.resize(mapped.cells.len().min(usize::try_from(self.len / 4).unwrap_or(0)), 0);
-            if !values.is_empty() {
+            let count = usize::try_from(self.len / 4).unwrap_or(usize::MAX).min(values.len());
+            values[count..].fill(0);
+            if count > 0 {
                 // New memory: whoever still held the old mapping is gone.
-                let cells = values.iter().map(|&value| AtomicU32::new(value)).collect();
-                self.mapped = Some(Mapped { cells, synced: values });
+                self.mapped = Some(Mapped::new(values));
             }
         }
+    }
+
+    /// Cuts the file off at `len` bytes, durably.
+    pub(super) fn cut(&mut self, len: u64) {
+        if len >= self.len {
+            return;
+        }
+        self.cut_to(len);
+        self.durable_len = len;
+        if let Some(mapped) = self.mapped.take() {
+            let count = usize::try_from(len / 4).unwrap_or(usize::MAX).min(mapped.cells.len());
+            let values: Vec<u32> = mapped.cells[..count].iter().map(|cell| cell.load(SeqCst)).collect();
+            let cells = values.iter().map(|&value| AtomicU32::new(value)).collect();
+            self.mapped = (count > 0).then_some(Mapped { cells, synced: values, lost: BTreeMap::new() });
+        }
+    }
+
+    /// Changes up to `len` bytes from `at` on that the file has, in the cache and on the medium.
+    pub(super) fn change(&mut self, at: u64, len: usize, change: impl FnOnce(&mut [u8])) {
+        let len = len.min(usize::try_from(self.len.saturating_sub(at)).unwrap_or(len));
+        if len == 0 {
+            return;
+        }
+        let mut bytes = vec![0; len];
+        self.read(at, &mut bytes);
+        change(&mut bytes);
+        let now = self.mtime;
+        self.write(at, &bytes, now);
+        self.finish_durable(at, len);
     }
 
     fn cut_to(&mut self, len: u64) {

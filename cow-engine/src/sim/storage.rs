@@ -15,6 +15,7 @@ use cbt::{ByteRange, Cells};
 use super::FileKind;
 use super::medium::PAGE;
 use super::world::{OpKind, Work, World};
+use crate::areas::{AreaKind, OpenedArea};
 use crate::memory::{Source, Target};
 use crate::{Durability, Extent, Identity, Storage, Zeroing};
 
@@ -53,15 +54,24 @@ impl SimDir {
     pub(super) fn index(self) -> usize {
         self.0
     }
+
+    /// The path of a file in it, for an area of a store.
+    pub fn path(self, name: &str) -> String {
+        format!("/{}/{name}", self.0)
+    }
 }
 
 /// The shared mapping of a file of cells.
 #[derive(Clone, Debug)]
-pub struct SimCells(Arc<[AtomicU32]>);
+pub struct SimCells {
+    /// All that the file may ever have: mappings of different lengths are of the same memory.
+    memory: Arc<[AtomicU32]>,
+    count: usize,
+}
 
 impl Cells for SimCells {
     fn cells(&self) -> &[AtomicU32] {
-        &self.0
+        &self.memory[..self.count]
     }
 }
 
@@ -171,6 +181,19 @@ impl Storage for SimStorage {
         self.start(file.id, Work::Sync { captured }).await.map(drop)
     }
 
+    fn write_behind(&self, _file: &SimFile, _range: ByteRange) -> io::Result<()> {
+        // The medium takes unsynced writes whenever it likes.
+        Ok(())
+    }
+
+    fn write_out(&self, _file: &SimFile, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn drop_behind(&self, _file: &SimFile, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
     async fn zero(&self, file: &SimFile, range: ByteRange, zeroing: Zeroing) -> io::Result<()> {
         let supported = {
             let world = self.world.borrow();
@@ -204,6 +227,14 @@ impl Storage for SimStorage {
         Ok(self.world.borrow_mut().file(file.id).len)
     }
 
+    fn set_len(&self, file: &SimFile, len: u64) -> io::Result<()> {
+        self.world.borrow_mut().call(OpKind::SetLen, file.kind)?;
+        let mut world = self.world.borrow_mut();
+        let now = world.steps;
+        world.file(file.id).set_len(len, now);
+        Ok(())
+    }
+
     fn allocate(&self, file: &SimFile, len: u64) -> io::Result<()> {
         self.call(OpKind::Allocate)?;
         self.world.borrow_mut().file(file.id).allocate(len);
@@ -211,16 +242,24 @@ impl Storage for SimStorage {
     }
 
     fn map(&self, file: &SimFile, count: usize) -> io::Result<SimCells> {
-        Ok(SimCells(self.world.borrow_mut().file(file.id).map(count)))
+        let mut world = self.world.borrow_mut();
+        let file = world.file(file.id);
+        assert!(count as u64 * 4 <= file.len, "a mapping past the end of its file");
+        Ok(SimCells { memory: file.map(count), count })
     }
 
     fn sync_cells(&self, cells: &SimCells) -> io::Result<()> {
-        self.call(OpKind::SyncCells)?;
+        let called = self.call(OpKind::SyncCells);
         let mut world = self.world.borrow_mut();
-        if let Some(file) = world.files.values_mut().find(|file| file.is_mapped_as(&cells.0)) {
-            file.sync_cells();
+        let dead = world.dead;
+        if let Some(file) = world.files.values_mut().find(|file| file.is_mapped_as(&cells.memory)) {
+            match &called {
+                Ok(()) => file.sync_cells(cells.count),
+                Err(_) if dead => {}
+                Err(_) => file.lose_cells(cells.count),
+            }
         }
-        Ok(())
+        called
     }
 
     fn create(&self, dir: &SimDir, name: &str) -> io::Result<SimFile> {
@@ -249,6 +288,22 @@ impl Storage for SimStorage {
 
     fn list(&self, dir: &SimDir) -> io::Result<Vec<String>> {
         Ok(self.world.borrow().dirs[dir.0].names.keys().cloned().collect())
+    }
+
+    /// `/N/name`, of the directory of this number.
+    fn open_area(&self, path: &str, _name: &str, make: bool) -> io::Result<OpenedArea<SimFile>> {
+        let bad = || io::Error::from(io::ErrorKind::NotFound);
+        let (number, name) = path.trim_start_matches('/').split_once('/').ok_or_else(bad)?;
+        let dir = SimDir(number.parse().map_err(|_| bad())?);
+        let file = match self.open(&dir, name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && make => {
+                let made = self.create(&dir, name)?;
+                self.sync_dir(&dir)?;
+                made
+            }
+            opened => opened?,
+        };
+        Ok(OpenedArea { file, kind: AreaKind::File, len: self.len(&file)?, identity: (0, file.id) })
     }
 
     fn sync_dir(&self, dir: &SimDir) -> io::Result<()> {

@@ -25,6 +25,8 @@ pub enum OpKind {
     Zero,
     /// Extending a file.
     Allocate,
+    /// Giving a file another length.
+    SetLen,
     /// Making a name.
     Create,
     /// Opening a name.
@@ -59,6 +61,28 @@ pub enum Defect {
     AnswersStateWritesEarly,
     /// Syncs of images are answered and not done.
     IgnoresImageSyncs,
+}
+
+/// What happens to a state file behind the engine's back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// The file is gone.
+    Remove,
+    /// It ends at this byte.
+    Cut(u64),
+    /// A bit of this byte is another one.
+    Flip(u64),
+    /// From a byte on so many are zero.
+    Zero(u64, usize),
+    /// Bytes are where others should be.
+    Copy {
+        /// Where they belong.
+        from: u64,
+        /// Where they are too.
+        to: u64,
+        /// How many.
+        len: usize,
+    },
 }
 
 pub(super) enum Work {

@@ -48,6 +48,67 @@ fn b_3000_cbt_map_read_twice_is_identical() -> Result<()> {
     })
 }
 
+/// blksnap shows marks in the map of the snapshot that is held; here they belong to the next instant, for what a
+/// held one answers never changes.
+#[test]
+fn b_3000_mark_dirty() -> Result<()> {
+    let mut scene = Scene::start(&[disk("vda")])?;
+    let mut guest = scene.guest("vda", 4)?;
+    let written: BTreeSet<u64> = [3, 17].into();
+    let marked: BTreeSet<u64> = [0, 3, 20, 21, 22, BLOCKS - 1].into();
+    scene.freeze("s0", &["vda"])?;
+    touch(&mut guest, &written)?;
+    scene.freeze("s1", &["vda"])?;
+    let held = scene.changed("vda", "s0", "s1")?;
+    let before = scene.view("vda", "s1")?;
+    let size = BLOCKS * BLOCK;
+    // Parts of blocks, borders and overlaps, in no order, and nothing at the end.
+    let ranges = json!([
+        { "offset": size - 1, "length": 1 },
+        { "offset": 21 * BLOCK, "length": BLOCK + 1 },
+        { "offset": 3 * BLOCK + 5, "length": 1 },
+        { "offset": 20 * BLOCK, "length": BLOCK + 1 },
+        { "offset": 0, "length": BLOCK },
+        { "offset": size, "length": 0 },
+    ]);
+    scene.qmp.call("tracker-mark", json!({ "disk": "vda", "ranges": ranges }))?;
+    ensure!(scene.changed("vda", "s0", "s1")? == held, "a mark changed what a held snapshot answers");
+    scene.freeze("s2", &["vda"])?;
+    ensure!(blocks(&scene.changed("vda", "s1", "s2")?) == marked, "the next snapshot has the marks");
+    let all: BTreeSet<u64> = written.union(&marked).copied().collect();
+    ensure!(blocks(&scene.changed("vda", "s0", "s2")?) == all, "and so since an older one");
+    ensure!(scene.changed("vda", "s0", "s1")? == held, "nor later");
+    ensure!(scene.view("vda", "s2")? == before, "marks change no content");
+    // As safe as a write's: they are there after a kill.
+    scene
+        .qmp
+        .call("tracker-mark", json!({ "disk": "vda", "ranges": [{ "offset": 5 * BLOCK, "length": 1 }] }))?;
+    drop(guest);
+    scene.restart(rustix::process::Signal::KILL)?;
+    scene.freeze("s3", &["vda"])?;
+    ensure!(blocks(&scene.changed("vda", "s2", "s3")?) == [5].into(), "after a kill");
+
+    let range = |offset: u64, length: u64| json!([{ "offset": offset, "length": length }]);
+    let many = json!(vec![json!({ "offset": 0, "length": 1 }); 8193]);
+    for (disk, ranges, reason, mention) in [
+        ("vdx", range(0, 1), "disk-not-found", "vdx"),
+        ("vda", range(size, 1), "bad-argument", "4194304 bytes"),
+        ("vda", range(0, size + 1), "bad-argument", "4194305 bytes"),
+        ("vda", range(u64::MAX, 1), "bad-argument", "18446744073709551615"),
+        ("vda", json!([]), "bad-argument", "8192"),
+        ("vda", many, "bad-argument", "8192"),
+        ("vda", json!([{ "offset": 0 }]), "bad-argument", "length"),
+        ("vda", json!([{ "offset": -1, "length": 1 }]), "bad-argument", "ranges"),
+    ] {
+        let error = scene.qmp.call("tracker-mark", json!({ "disk": disk, "ranges": ranges }));
+        let error = error.expect_err("bad input");
+        ensure!(error.reason() == reason && error.to_string().contains(mention), "{mention}: {error}");
+    }
+    scene.freeze("s4", &["vda"])?;
+    ensure!(scene.changed("vda", "s3", "s4")?.is_empty(), "what is refused marks nothing");
+    Ok(())
+}
+
 /// blksnap counts its snapshots in a byte and begins anew after 255.
 #[test]
 fn b_missing_wrap_more_than_255_snapshots() -> Result<()> {

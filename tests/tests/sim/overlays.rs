@@ -55,6 +55,11 @@ async fn open(shared: &Shared, disks: &[SimDisk], random: &mut Random) {
     }
     let fate = match answer {
         Ok(_) => Fate::Held,
+        Err(Error::SnapshotReleased { .. }) => {
+            let released = shared.oracle.borrow().has_released(group, at);
+            assert!(released, "snapshot {snapshot} has released nothing");
+            Fate::Gone
+        }
         Err(error) => {
             shared.allow("opening an overlay", &error);
             Fate::Unknown
@@ -134,7 +139,7 @@ async fn request(
     let cut_off = shared.overlays.borrow().overlays[overlay].cut_off.clone();
     let sectors = match random.below(3) {
         0 if !cut_off.is_empty() => random.pick(&cut_off).clone(),
-        _ => shared.range(at, random, 40),
+        _ => shared.range(at, found.capacity(), random, 40),
     };
     let range = bytes_of(&sectors);
     let io = &shared.io;
@@ -237,7 +242,9 @@ pub(crate) async fn judge_all(shared: &Shared, disks: &[SimDisk], random: &mut R
         let mut grains = shared.overlays.borrow().touched(overlay);
         grains.extend(shared.oracle.borrow().touched(at));
         let found = find(shared, disks, overlay).expect("it was found before");
-        for range in with_others(shared, at, grains, random) {
+        let group = shared.overlays.borrow().overlays[overlay].group;
+        assert_eq!(found.capacity(), shared.frozen_size(group, at), "an overlay keeps its size");
+        for range in with_others(found.capacity(), grains, random) {
             if let Err(error) = read(shared, &found, overlay, range, true).await {
                 shared.allow("judging an overlay", &error);
             }

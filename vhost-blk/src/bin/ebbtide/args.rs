@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::disk_spec::{DiskSpec, Keys};
+use control::commands::OnOverflow;
+
+use crate::disk_spec::{DiskSpec, Keys, size};
 
 /// What `--print-capabilities` prints: exactly the features that the schema has for block back ends.
 pub(crate) const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -65,21 +67,40 @@ pub(crate) enum Command {
     Serve(Serve),
     /// List the disks of a running daemon
     Disks(Query),
-    /// Take, list and delete snapshots, and open them for writing
+    /// Change a disk of a running daemon
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Take, list and delete snapshots, open them for writing, and go back to one
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// List what changed between an older instant and a snapshot
+    /// List what changed between two instants
     Changes(Changes),
+    /// Name, list and delete instants that outlive their snapshots
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Tell whether the next backup can be incremental
+    Incremental(Incremental),
     /// Add, list and delete NBD exports
     #[command(subcommand)]
     Export(ExportCommand),
+    /// Give difference stores more space, and limit them
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Take the change history of a disk along to another host
+    #[command(subcommand)]
+    Tracker(TrackerCommand),
     /// Tell how the daemon is
     Status(Query),
+    /// Say what is wrong with state directories that no daemon uses
+    Check(Check),
+    /// Print what is in a state directory that no daemon uses
+    Dump(Dump),
 }
 
 const DISK_HELP: &str = "A disk: name=NAME,path=IMAGE,socket=PATH[,queues=N][,read-only][,serial=S]\
     [,logical-block-size=512|4096][,cache=writeback|writethrough][,discard=unmap|ignore]\
-    [,direct=on|off][,tracking=on|off][,block-size=BYTES][,state=DIR]; once for each disk";
+    [,direct=on|off][,tracking=on|off][,block-size=BYTES][,state=DIR][,store=PATH[:SIZE]]...[,store-limit=BYTES]\
+    [,low-space=SECONDS]; once for each disk";
 
 #[derive(Debug, Args)]
 pub(crate) struct Serve {
@@ -89,6 +110,9 @@ pub(crate) struct Serve {
     /// Read disks and sockets from a TOML file: `disk` tables with the same keys; control, nbd, nbd-tcp
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Bytes of old content that the snapshots of all disks may hold together
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) store_limit: Option<u64>,
     #[command(flatten)]
     pub(crate) doors: Doors,
 }
@@ -105,6 +129,30 @@ pub(crate) struct Query {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Make a disk larger, and its image if that is a file
+    Resize {
+        /// The disk
+        disk: String,
+        /// The new size in bytes, or with K, M, G or T for powers of 1024
+        #[arg(value_parser = size_of)]
+        size: u64,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Mark ranges as changed: the next snapshot's changes have them
+    Mark {
+        /// The disk
+        disk: String,
+        /// Bytes to mark, as OFFSET+LENGTH
+        #[arg(required = true, value_name = "OFFSET+LENGTH", value_parser = range)]
+        ranges: Vec<(u64, u64)>,
+        #[command(flatten)]
+        query: Query,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum SnapshotCommand {
     /// Freeze disks at one instant
     Create {
@@ -113,6 +161,15 @@ pub(crate) enum SnapshotCommand {
         /// A disk to freeze; all of them if none is named
         #[arg(long = "disk", value_name = "NAME")]
         disks: Vec<String>,
+        /// What happens when there is no space for old content: break-snapshot, hold-writes or fail-writes
+        #[arg(long, value_name = "POLICY", value_parser = policy, default_value = "break-snapshot")]
+        on_overflow: OnOverflow,
+        /// How long writes wait for space, in seconds [default: 30]
+        #[arg(long, value_name = "SECONDS")]
+        hold_deadline: Option<u32>,
+        /// Bytes of old content that it may hold on each disk
+        #[arg(long, value_name = "BYTES", value_parser = bytes)]
+        limit: Option<u64>,
         #[command(flatten)]
         query: Query,
     },
@@ -157,6 +214,19 @@ pub(crate) enum SnapshotCommand {
         #[command(flatten)]
         query: Query,
     },
+    /// Make a disk a snapshot again; all snapshots stay
+    Revert {
+        /// The snapshot's name
+        name: String,
+        /// The disk
+        #[arg(long, value_name = "NAME")]
+        disk: String,
+        /// Also while a front end is connected, whose guest knows nothing of it
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        query: Query,
+    },
     /// Delete a snapshot and what was kept for it
     Delete {
         /// The snapshot's name
@@ -170,17 +240,156 @@ pub(crate) enum SnapshotCommand {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// The directories, such as IMAGE.ebb; nothing in them is changed
+    #[arg(value_name = "STATE_DIR", required = true)]
+    pub(crate) dirs: Vec<PathBuf>,
+    /// Print a JSON object a line, for each finding
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Dump {
+    /// The directory, such as IMAGE.ebb; nothing in it is changed
+    #[arg(value_name = "STATE_DIR")]
+    pub(crate) dir: PathBuf,
+    /// Print every record of every snapshot too
+    #[arg(long)]
+    pub(crate) records: bool,
+    /// Print a JSON object a line, for each structure
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TrackerCommand {
+    /// Export the history of a disk that no daemon uses, and hand the disk over: opened here again, it begins anew
+    Export {
+        /// The state directory, such as IMAGE.ebb
+        #[arg(value_name = "STATE_DIR")]
+        state: PathBuf,
+        /// The history file to make
+        file: PathBuf,
+    },
+    /// Export the history of a disk that is served and has no front end, and hand it over: it cannot be written any more
+    HandOver {
+        /// The disk
+        disk: String,
+        /// The history file to make
+        file: PathBuf,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Take an export back whose file is not used: the disk goes on here
+    CancelExport {
+        /// The state directory, such as IMAGE.ebb
+        #[arg(value_name = "STATE_DIR")]
+        state: PathBuf,
+    },
+    /// Import a history, before a daemon serves the disk here. Each file belongs to one place: import it once
+    Import {
+        /// The history file
+        file: PathBuf,
+        /// The image, with the content that it had at the export
+        #[arg(long, value_name = "PATH")]
+        image: PathBuf,
+        /// The state directory; IMAGE.ebb if not said
+        #[arg(long, value_name = "DIR")]
+        state: Option<PathBuf>,
+        /// Give up a history that is there already, with its snapshots
+        #[arg(long)]
+        replace: bool,
+    },
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Changes {
     /// The disk
     pub(crate) disk: String,
-    /// The older instant: a snapshot's name or a change id
-    #[arg(long, value_name = "SNAPSHOT|CHANGE-ID")]
-    pub(crate) since: String,
+    /// The older instant: a snapshot's or a checkpoint's name, or a change id
+    #[arg(long, value_name = "NAME|CHANGE-ID", required_unless_present_any = ["map", "png", "top"])]
+    pub(crate) since: Option<String>,
     /// The snapshot up to which changes count
-    #[arg(long, value_name = "NAME")]
-    pub(crate) snapshot: String,
+    #[arg(long, value_name = "NAME", conflicts_with = "until",
+        required_unless_present_any = ["until", "map", "png", "top"])]
+    pub(crate) snapshot: Option<String>,
+    /// The instant up to which changes count: a snapshot's or a checkpoint's name, or the change id of one
+    #[arg(long, value_name = "NAME|CHANGE-ID")]
+    pub(crate) until: Option<String>,
+    #[command(flatten)]
+    pub(crate) picture: Picture,
     #[command(flatten)]
     pub(crate) query: Query,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CheckpointCommand {
+    /// Name the instant of a snapshot, so that it outlives it
+    Create {
+        /// The checkpoint's name
+        name: String,
+        /// The snapshot
+        #[arg(long, value_name = "NAME")]
+        snapshot: String,
+        /// A disk whose snapshot is meant; all that have it if none is named
+        #[arg(long = "disk", value_name = "NAME")]
+        disks: Vec<String>,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// List checkpoints
+    List {
+        /// Of this disk only
+        #[arg(long, value_name = "NAME")]
+        disk: Option<String>,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Delete a checkpoint
+    Delete {
+        /// The checkpoint's name
+        name: String,
+        /// A disk to delete it of; all that have it if none is named
+        #[arg(long = "disk", value_name = "NAME")]
+        disks: Vec<String>,
+        #[command(flatten)]
+        query: Query,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Incremental {
+    /// The instant of the last backup: a checkpoint's or a snapshot's name, or a change id
+    pub(crate) since: String,
+    /// A disk to ask about; all of them if none is named
+    #[arg(long = "disk", value_name = "NAME")]
+    pub(crate) disks: Vec<String>,
+    #[command(flatten)]
+    pub(crate) query: Query,
+}
+
+/// Pictures of the change map as it is now.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A picture of the disk as it is now, instead of a list")]
+pub(crate) struct Picture {
+    /// Draw the disk, coloured by how many snapshots ago each part of it changed last
+    #[arg(long, conflicts_with = "snapshot")]
+    pub(crate) map: bool,
+    /// Write the same as a PNG
+    #[arg(long, value_name = "FILE", conflicts_with = "snapshot")]
+    pub(crate) png: Option<PathBuf>,
+    /// List the regions with most blocks changed since --since, or since the newest instant after which anything
+    /// changed; a block that was written often counts once
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10", conflicts_with = "snapshot")]
+    pub(crate) top: Option<usize>,
+}
+
+impl Picture {
+    /// Whether a picture is asked for.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.map || self.png.is_some() || self.top.is_some()
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -195,9 +404,12 @@ pub(crate) enum ExportCommand {
         /// The snapshot
         #[arg(long, value_name = "NAME")]
         snapshot: String,
-        /// An older snapshot whose changes since the bitmap shows
+        /// An older snapshot or a checkpoint: the bitmap shows what changed since
         #[arg(long, value_name = "NAME")]
         bitmap: Option<String>,
+        /// Give back the space of what clients trim, which can never be read again
+        #[arg(long)]
+        release_on_trim: bool,
         /// A line for people
         #[arg(long, value_name = "TEXT")]
         description: Option<String>,
@@ -216,6 +428,56 @@ pub(crate) enum ExportCommand {
         #[command(flatten)]
         query: Query,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StoreCommand {
+    /// Add a directory, a file or a block device to where a disk's old content is kept
+    Append {
+        /// The disk
+        disk: String,
+        /// The directory, the file, which is made if it is missing, or the block device
+        path: PathBuf,
+        /// Bytes of old content in it at most
+        #[arg(long, value_name = "BYTES", value_parser = bytes)]
+        size: Option<u64>,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Limit what snapshots hold: of all disks, of one, or one snapshot
+    Limit {
+        /// How many bytes of old content, or none
+        #[arg(value_name = "BYTES|none", value_parser = bytes_or_none)]
+        bytes: Limit,
+        /// The disk
+        #[arg(long, value_name = "NAME")]
+        disk: Option<String>,
+        /// The snapshot of the disk
+        #[arg(long, value_name = "NAME", requires = "disk")]
+        snapshot: Option<String>,
+        #[command(flatten)]
+        query: Query,
+    },
+}
+
+/// Bytes, or no limit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit(pub(crate) Option<u64>);
+
+fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || format!("'{text}' is no number of bytes such as 4096, 64K, 10M or 1G");
+    size(text).filter(|bytes| *bytes > 0).ok_or_else(wrong)
+}
+
+fn bytes_or_none(text: &str) -> Result<Limit, String> {
+    if text == "none" { Ok(Limit(None)) } else { bytes(text).map(|bytes| Limit(Some(bytes))) }
+}
+
+fn policy(text: &str) -> Result<OnOverflow, String> {
+    use OnOverflow::{BreakSnapshot, FailWrites, HoldWrites};
+    let all = [BreakSnapshot, HoldWrites, FailWrites];
+    let found = all.into_iter().find(|one| one.name() == text);
+    found.ok_or_else(|| "there are break-snapshot, hold-writes and fail-writes".to_owned())
 }
 
 impl Serve {
@@ -244,9 +506,13 @@ impl Serve {
             None => Ok(None),
         };
         let (control, nbd, tcp) = (text("control")?, text("nbd")?, text("nbd-tcp")?);
+        let limit =
+            text("store-limit")?.map(|text| bytes(&text)).transpose().map_err(|error| fail(&error))?;
         if let Some(key) = table.keys().next() {
-            return Err(fail(&format!("there is no key '{key}'; there are disk, control, nbd, nbd-tcp")));
+            let known = "disk, control, nbd, nbd-tcp, store-limit";
+            return Err(fail(&format!("there is no key '{key}'; there are {known}")));
         }
+        self.store_limit = self.store_limit.or(limit);
         self.doors.control = self.doors.control.or(control.map(PathBuf::from));
         self.doors.nbd = self.doors.nbd.or(nbd.map(PathBuf::from));
         if let (None, Some(tcp)) = (self.doors.nbd_tcp, tcp) {
@@ -274,16 +540,56 @@ pub(crate) fn check_disks(disks: &[DiskSpec]) -> Result<(), String> {
             if disk.socket.is_some() && disk.socket == other.socket {
                 return Err(format!("the socket {both} is the same"));
             }
+            let shared = disk.store.iter().find(|area| other.store.iter().any(|one| one.path == area.path));
+            if let Some(area) = shared.filter(|area| !Path::new(&area.path).is_dir()) {
+                return Err(format!("the store {both} is the same: {}", area.path));
+            }
             if disk.state.is_some() && disk.state == other.state {
                 return Err(format!("the state directory {both} is the same"));
+            }
+        }
+        for area in &disk.store {
+            if let Some(other) = disks.iter().find(|other| is_part(Path::new(&area.path), &other.path)) {
+                let (path, name) = (&area.path, &other.name);
+                return Err(format!(
+                    "the store {path} of the disk '{}' is, or is on, the disk '{name}' itself",
+                    disk.name
+                ));
             }
         }
     }
     Ok(())
 }
 
+/// Whether an area at `path` would be the image, or lie on the device that is the image.
+pub(crate) fn is_part(path: &Path, image: &Path) -> bool {
+    use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+    let Ok(of) = std::fs::metadata(image) else { return false };
+    let device = of.file_type().is_block_device();
+    if let Ok(on) = std::fs::metadata(path) {
+        let both = on.file_type().is_block_device() && device;
+        let same = if both { on.rdev() == of.rdev() } else { (on.dev(), on.ino()) == (of.dev(), of.ino()) };
+        return same || device && on.dev() == of.rdev();
+    }
+    let parent = path.parent().and_then(|parent| std::fs::metadata(parent).ok());
+    device && parent.is_some_and(|parent| parent.dev() == of.rdev())
+}
+
 fn disk(text: &str) -> Result<DiskSpec, String> {
     Keys::parse(text)?.finish()
+}
+
+fn size_of(text: &str) -> Result<u64, String> {
+    size(text).ok_or_else(|| format!("'{text}' is no size, such as 20G"))
+}
+
+/// Reads `OFFSET+LENGTH`, both a number of bytes with a unit or none.
+fn range(text: &str) -> Result<(u64, u64), String> {
+    let parts = text.split_once('+').map(|(offset, length)| (size(offset), size(length)));
+    match parts {
+        Some((Some(offset), Some(length))) => Ok((offset, length)),
+        _ => Err(format!("'{text}' is no OFFSET+LENGTH, such as 0+64K")),
+    }
 }
 
 fn tcp_address(text: &str) -> Result<std::net::SocketAddr, String> {
@@ -309,6 +615,15 @@ mod tests {
         assert_eq!(tcp_address("10809").unwrap().to_string(), "127.0.0.1:10809");
         assert_eq!(tcp_address("0.0.0.0:1").unwrap().to_string(), "0.0.0.0:1");
         assert!(tcp_address("localhost").is_err());
+    }
+
+    #[test]
+    fn ranges_are_two_sizes() {
+        assert_eq!(range("0+512"), Ok((0, 512)));
+        assert_eq!(range("1M+64K"), Ok((1 << 20, 64 << 10)));
+        for wrong in ["", "512", "+", "1+", "-1+5", "1-5", "1+x"] {
+            assert!(range(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

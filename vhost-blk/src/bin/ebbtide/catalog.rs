@@ -1,7 +1,7 @@
 //! Which NBD exports there are: one for every snapshot and every overlay, and those that were added by name.
 //!
-//! `DISK@SNAPSHOT` exists for as long as its snapshot does, with a bitmap for every older snapshot of the
-//! same history, and `DISK@SNAPSHOT/OVERLAY` for as long as the overlay, without bitmaps and to be written
+//! `DISK@SNAPSHOT` exists for as long as its snapshot does, with a bitmap for every older snapshot and
+//! checkpoint of the same history, and `DISK@SNAPSHOT/OVERLAY` for as long as the overlay, without bitmaps and to be written
 //! (names have no `/`, so none is taken for another). An added export has exactly one bitmap or none, for clients that refuse more
 //! (ovirt-imageio). Absent: sockets; [`crate::nbd`] serves what is here.
 
@@ -28,6 +28,7 @@ struct Added {
     disk: String,
     snapshot: String,
     bitmap: Option<Base>,
+    release_on_trim: bool,
     description: Option<String>,
 }
 
@@ -37,6 +38,7 @@ struct Shown {
     snapshot: Arc<HostSnapshot>,
     overlay: Option<HostOverlay>,
     bases: Vec<Base>,
+    release_on_trim: bool,
     description: String,
 }
 
@@ -83,8 +85,8 @@ impl Catalog {
         let snapshot = disk.snapshot(&wanted.snapshot).map_err(not_found)?;
         let bitmap = match &wanted.bitmap {
             Some(name) => {
-                let older = disk.snapshot(name).map_err(not_found)?;
-                let base = bases(disk, &snapshot).into_iter().find(|base| base.name == older.name());
+                disk.instant(name).map_err(crate::service::explain)?;
+                let base = bases(disk, &snapshot).into_iter().find(|base| base.name == *name);
                 Some(base.ok_or_else(|| {
                     let text = format!("Changes since '{name}' up to '{}' cannot be told", snapshot.name());
                     CommandError::generic(reason::SINCE_NOT_OLDER, text)
@@ -96,6 +98,7 @@ impl Catalog {
             disk: wanted.disk.clone(),
             snapshot: wanted.snapshot.clone(),
             bitmap,
+            release_on_trim: wanted.release_on_trim,
             description: wanted.description.clone(),
         };
         {
@@ -170,6 +173,7 @@ impl Catalog {
             description: Some(shown.description),
             size: shown.snapshot.capacity(),
             read_only: shown.overlay.is_none(),
+            release_on_trim: shown.release_on_trim,
             overlay: shown.overlay.map(|overlay| overlay.name().to_owned()),
             clients: self.clients_of(name),
             uri: self.uri(name),
@@ -194,16 +198,18 @@ impl Catalog {
             let snapshot = disk.snapshot(&added.snapshot).ok()?;
             let description = added.description.unwrap_or_else(|| describe(&disk, &snapshot));
             let bases = added.bitmap.into_iter().collect();
-            return Some(Shown { disk, snapshot, overlay: None, bases, description });
+            let release_on_trim = added.release_on_trim;
+            return Some(Shown { disk, snapshot, overlay: None, bases, release_on_trim, description });
         }
         if let Some(overlay) = self.overlay(name) {
             let (disk, snapshot) = (overlay.view().disk().clone(), overlay.view().snapshot().clone());
             let description = describe_overlay(&overlay);
-            return Some(Shown { disk, snapshot, overlay: Some(overlay), bases: Vec::new(), description });
+            let (overlay, bases) = (Some(overlay), Vec::new());
+            return Some(Shown { disk, snapshot, overlay, bases, release_on_trim: false, description });
         }
         let (disk, snapshot) = self.automatic(name)?;
         let (bases, description) = (bases(&disk, &snapshot), describe(&disk, &snapshot));
-        Some(Shown { disk, snapshot, overlay: None, bases, description })
+        Some(Shown { disk, snapshot, overlay: None, bases, release_on_trim: false, description })
     }
 
     fn automatic(&self, name: &str) -> Option<(Arc<HostDisk>, Arc<HostSnapshot>)> {
@@ -264,7 +270,8 @@ impl Exports for Offer {
             return Ok(Offered::Overlay(OverlayExport::new(io, overlay, name, &shown.description)));
         }
         let view = View::new(shown.disk, shown.snapshot);
-        Ok(Offered::View(ViewExport::new(io, view, name, &shown.description, shown.bases)))
+        let export = ViewExport::new(io, view, name, &shown.description, shown.bases);
+        Ok(Offered::View(if shown.release_on_trim { export.releasing() } else { export }))
     }
 
     fn list(&self) -> Vec<Listing> {
@@ -308,17 +315,24 @@ impl Catalog {
     }
 }
 
-/// The older snapshots that `snapshot` can be compared with.
+/// The older snapshots and checkpoints that `snapshot` can be compared with.
 fn bases(disk: &HostDisk, snapshot: &HostSnapshot) -> Vec<Base> {
     if disk.block_grid().is_none() {
         return Vec::new();
     }
-    let older = disk.snapshots().into_iter().filter(|older| older.change_id() != snapshot.change_id());
-    let known = older.filter_map(|older| {
-        let epoch = disk.resolve(older.change_id(), snapshot).ok()?;
-        Some(Base { name: older.name().to_owned(), epoch })
-    });
-    known.collect()
+    let until = snapshot.change_id();
+    let snapshots = disk.snapshots().into_iter().map(|one| (one.name().to_owned(), one.change_id()));
+    let checkpoints = disk.checkpoints().into_iter().map(|one| (one.name().to_owned(), one.change_id()));
+    let mut bases: Vec<Base> = Vec::new();
+    for (name, id) in snapshots.chain(checkpoints).filter(|(_, id)| *id != until) {
+        // A checkpoint may have the name of its snapshot: that is one instant.
+        if let Ok(epoch) = disk.resolve(id, until)
+            && !bases.iter().any(|base| base.name == name)
+        {
+            bases.push(Base { name, epoch });
+        }
+    }
+    bases
 }
 
 fn automatic_name(disk: &str, snapshot: &str) -> String {

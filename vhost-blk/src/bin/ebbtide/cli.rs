@@ -7,20 +7,30 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use control::commands::{
-    Command as Verb, NbdExportAdd, NbdExportDel, PageLimit, QueryChangedBlocks, QueryDisks, QueryExports,
-    QuerySnapshots, QueryStatus, SnapshotClose, SnapshotCreate, SnapshotDelete, SnapshotOpen,
+    BlockResize, CheckpointCreate, CheckpointDelete, Command as Verb, DiskRevert, MarkRange, NbdExportAdd,
+    NbdExportDel, PageLimit, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints, QueryDisks, QueryExports,
+    QueryIncremental, QuerySnapshots, QueryStatus, SnapshotClose, SnapshotCreate, SnapshotDelete,
+    SnapshotOpen, StoreAppend, StoreLimit, TrackerExport, TrackerMark,
 };
 use control::{Client, ClientError, paths, render};
 use serde::Serialize;
 
-use crate::args::{Changes, Command, ExportCommand, Query, SnapshotCommand};
+use crate::args::{
+    Changes, CheckpointCommand, Command, DiskCommand, ExportCommand, Incremental, Query, SnapshotCommand,
+    StoreCommand, TrackerCommand,
+};
+use crate::picture;
 
 /// How long a daemon may take to answer: a snapshot waits for a flush of its images.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Carries out `command`, which is not `serve`.
+/// Carries out `command`, which talks to a daemon.
 pub(crate) fn run(command: Command) -> ExitCode {
-    match answer(command) {
+    let told = match command {
+        Command::Changes(changes) => list_changes(changes),
+        other => answer(other).map_err(anyhow::Error::from),
+    };
+    match told {
         Ok(text) => {
             // A closed pipe is the reader's choice.
             let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
@@ -28,8 +38,8 @@ pub(crate) fn run(command: Command) -> ExitCode {
         }
         Err(error) => {
             eprintln!("ebbtide: {error}");
-            match error {
-                ClientError::NoDaemon { .. } => ExitCode::from(3),
+            match error.downcast_ref() {
+                Some(ClientError::NoDaemon { .. }) => ExitCode::from(3),
                 _ => ExitCode::FAILURE,
             }
         }
@@ -40,11 +50,44 @@ pub(crate) fn run(command: Command) -> ExitCode {
 fn answer(command: Command) -> Result<String, ClientError> {
     let some = |names: Vec<String>| (!names.is_empty()).then_some(names);
     match command {
-        Command::Serve(_) => unreachable!("serve talks to guests"),
+        Command::Serve(_) | Command::Check(_) | Command::Dump(_) => unreachable!("they talk to no daemon"),
+        Command::Tracker(TrackerCommand::HandOver { disk, file, query }) => {
+            // The daemon has another working directory.
+            let file = std::path::absolute(&file).unwrap_or(file).display().to_string();
+            call(&query, &TrackerExport { disk, file }, crate::moves::exported)
+        }
+        Command::Tracker(_) => unreachable!("they talk to no daemon"),
         Command::Disks(query) => call(&query, &QueryDisks {}, |all| render::disks(all)),
+        Command::Disk(DiskCommand::Resize { disk, size, query }) => {
+            call(&query, &BlockResize { disk, size }, render::resized)
+        }
+        Command::Disk(DiskCommand::Mark { disk, ranges, query }) => {
+            let text = format!("Marked: the next snapshot of {disk} has it among its changes\n");
+            let ranges = ranges.into_iter().map(|(offset, length)| MarkRange { offset, length }).collect();
+            call(&query, &TrackerMark { disk, ranges }, |_| text)
+        }
         Command::Status(query) => call(&query, &QueryStatus {}, render::status),
-        Command::Snapshot(SnapshotCommand::Create { name, disks, query }) => {
-            call(&query, &SnapshotCreate { name, disks: some(disks) }, render::snapshot_created)
+        Command::Snapshot(SnapshotCommand::Create {
+            name,
+            disks,
+            on_overflow,
+            hold_deadline,
+            limit,
+            query,
+        }) => {
+            let verb = SnapshotCreate { name, disks: some(disks), on_overflow, hold_deadline, limit };
+            call(&query, &verb, render::snapshot_created)
+        }
+        Command::Store(StoreCommand::Append { disk, path, size, query }) => {
+            // The daemon has another working directory.
+            let path = std::path::absolute(&path).unwrap_or(path).display().to_string();
+            call(&query, &StoreAppend { disk, path, size }, |area| format!("Added {}\n", area.path))
+        }
+        Command::Store(StoreCommand::Limit { bytes, disk, snapshot, query }) => {
+            let text = bytes
+                .0
+                .map_or_else(|| "No limit\n".to_owned(), |bytes| format!("Limited to {bytes} bytes\n"));
+            call(&query, &StoreLimit { disk, snapshot, bytes: bytes.0 }, |_| text)
         }
         Command::Snapshot(SnapshotCommand::List { disk, query }) => {
             call(&query, &QuerySnapshots { disk }, |all| render::snapshots(all))
@@ -59,14 +102,41 @@ fn answer(command: Command) -> Result<String, ClientError> {
             let text = format!("Closed {name} of {snapshot} of {disk}\n");
             call(&query, &SnapshotClose { disk, snapshot, name, force }, |_| text)
         }
+        Command::Snapshot(SnapshotCommand::Revert { name, disk, force, query }) => {
+            let verb = DiskRevert { disk: disk.clone(), snapshot: name, force };
+            call(&query, &verb, |rewind| render::rewound(&disk, rewind))
+        }
         Command::Snapshot(SnapshotCommand::Delete { name, disks, query }) => {
             call(&query, &SnapshotDelete { name, disks: some(disks) }, |done| {
                 format!("Deleted {} of {}\n", done.name, done.disks.join(", "))
             })
         }
-        Command::Changes(changes) => list_changes(changes),
-        Command::Export(ExportCommand::Add { name, disk, snapshot, bitmap, description, query }) => {
-            let verb = NbdExportAdd { name, disk, snapshot, bitmap, description };
+        Command::Changes(_) => unreachable!("they may be drawn"),
+        Command::Checkpoint(CheckpointCommand::Create { name, snapshot, disks, query }) => {
+            let verb = CheckpointCreate { name, snapshot, disks: some(disks) };
+            call(&query, &verb, render::checkpoint_created)
+        }
+        Command::Checkpoint(CheckpointCommand::List { disk, query }) => {
+            call(&query, &QueryCheckpoints { disk }, |all| render::checkpoints(all))
+        }
+        Command::Checkpoint(CheckpointCommand::Delete { name, disks, query }) => {
+            call(&query, &CheckpointDelete { name, disks: some(disks) }, |done| {
+                format!("Deleted checkpoint {} of {}\n", done.name, done.disks.join(", "))
+            })
+        }
+        Command::Incremental(Incremental { since, disks, query }) => {
+            call(&query, &QueryIncremental { since, disks: some(disks) }, |all| render::incremental(all))
+        }
+        Command::Export(ExportCommand::Add {
+            name,
+            disk,
+            snapshot,
+            bitmap,
+            release_on_trim,
+            description,
+            query,
+        }) => {
+            let verb = NbdExportAdd { name, disk, snapshot, bitmap, release_on_trim, description };
             call(&query, &verb, |export| format!("{}\n", export.uri))
         }
         Command::Export(ExportCommand::List { query }) => {
@@ -79,9 +149,17 @@ fn answer(command: Command) -> Result<String, ClientError> {
     }
 }
 
-fn list_changes(changes: Changes) -> Result<String, ClientError> {
-    let Changes { disk, since, snapshot, query } = changes;
-    let verb = QueryChangedBlocks { disk, since, snapshot, offset: 0, limit: PageLimit::MAX };
+fn list_changes(changes: Changes) -> anyhow::Result<String> {
+    let Changes { disk, since, snapshot, until, picture, query } = changes;
+    let (Some(since), false) = (since.clone(), picture.is_wanted()) else {
+        let verb = QueryChangeMap { disk, cells: picture::cells(&picture), since };
+        let map = connect(&query)?.call(&verb)?;
+        if query.json && picture.png.is_none() {
+            return Ok(show(&query, &map, |_| String::new()));
+        }
+        return picture::draw(&map, &picture);
+    };
+    let verb = QueryChangedBlocks { disk, since, snapshot, until, offset: 0, limit: PageLimit::MAX };
     let found = connect(&query)?.changed_blocks(&verb)?;
     Ok(show(&query, &found, render::changes))
 }

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cow_engine::AreaSpec;
 use cow_engine::cbt::BlockGrid;
 
 /// Bytes of a tracked block unless said otherwise.
@@ -32,6 +33,12 @@ pub(crate) struct DiskSpec {
     pub(crate) discard: bool,
     pub(crate) direct: bool,
     pub(crate) tracking: Option<BlockGrid>,
+    /// Where old content is kept; in the state directory if there is none.
+    pub(crate) store: Vec<AreaSpec>,
+    /// Bytes of old content of all its snapshots, if there is a limit.
+    pub(crate) store_limit: Option<u64>,
+    /// Seconds before its store is full at which that is told.
+    pub(crate) low_space: u64,
 }
 
 /// A disk while its keys are being read.
@@ -40,8 +47,15 @@ pub(crate) struct Keys {
     pairs: Vec<(String, String)>,
 }
 
+/// What `store=` takes.
+const STORE_HELP: &str =
+    "a directory, a file or a block device, with :SIZE of at least 1M behind it if it is not to grow";
+
+/// Seconds before a store is full at which that is told, unless said otherwise.
+const LOW_SPACE: u64 = 60;
+
 /// Every key, with what it takes, for error texts.
-const KEYS: [(&str, &str); 13] = [
+const KEYS: [(&str, &str); 16] = [
     ("name", "a name"),
     ("path", "an image file or block device"),
     ("socket", "a path"),
@@ -55,6 +69,9 @@ const KEYS: [(&str, &str); 13] = [
     ("direct", "on or off"),
     ("tracking", "on or off"),
     ("block-size", "a power of two from 4K to 64M"),
+    ("store", STORE_HELP),
+    ("store-limit", "bytes, such as 10G"),
+    ("low-space", "seconds, 0 to 86400"),
 ];
 
 impl Keys {
@@ -85,6 +102,13 @@ impl Keys {
     pub(crate) fn from_table(table: &toml::Table) -> Result<Self, String> {
         let mut keys = Self::default();
         for (key, value) in table {
+            if let (toml::Value::Array(values), "store") = (value, key.as_str()) {
+                for value in values {
+                    let text = value.as_str().ok_or("store: a list of texts in quotes is understood here")?;
+                    keys.set(key, text.to_owned())?;
+                }
+                continue;
+            }
             let value = match value {
                 toml::Value::String(text) => text.clone(),
                 toml::Value::Integer(number) => number.to_string(),
@@ -102,7 +126,7 @@ impl Keys {
             let known: Vec<_> = KEYS.iter().map(|(key, _)| *key).collect();
             return Err(format!("there is no key '{key}' of a disk; there are {}", known.join(", ")));
         }
-        if self.get(key).is_some() {
+        if self.get(key).is_some() && key != "store" {
             return Err(format!("{key} is said twice"));
         }
         self.pairs.push((key.to_owned(), value));
@@ -118,6 +142,12 @@ impl Keys {
         let Some(text) = self.get(key) else { return Ok(default) };
         let wanted = KEYS.iter().find(|(known, _)| *known == key).map_or("", |(_, wanted)| wanted);
         read(text).ok_or_else(|| format!("{key}={text}: {key} is {wanted}"))
+    }
+
+    /// The areas that were named, in their order.
+    fn areas(&self) -> Result<Vec<AreaSpec>, String> {
+        let named = self.pairs.iter().filter(|(key, _)| key == "store");
+        named.map(|(_, text)| area(text).map_err(|why| format!("store={text}: {why}"))).collect()
     }
 
     /// The disk that the keys describe.
@@ -159,6 +189,12 @@ impl Keys {
             })?,
             direct: self.value("direct", true, switch)?,
             tracking: tracking.then_some(grid),
+            store: self.areas()?,
+            store_limit: self
+                .value("store-limit", None, |text| size(text).filter(|limit| *limit > 0).map(Some))?,
+            low_space: self.value("low-space", LOW_SPACE, |text| {
+                text.parse().ok().filter(|seconds| *seconds <= 86_400)
+            })?,
             name,
             path,
         })
@@ -182,8 +218,26 @@ impl DiskSpec {
             discard: true,
             direct: true,
             tracking: Some(grid),
+            store: Vec::new(),
+            store_limit: None,
+            low_space: LOW_SPACE,
         })
     }
+}
+
+/// `PATH` or `PATH:SIZE`; a path that ends like a size has a colon more behind it.
+fn area(text: &str) -> Result<AreaSpec, String> {
+    let (path, bytes) = match text.rsplit_once(':') {
+        Some((path, "")) => (path, None),
+        Some((path, tail)) if size(tail).is_some() => (path, size(tail)),
+        _ => (text, None),
+    };
+    if path.is_empty() || bytes.is_some_and(|bytes| bytes < 1 << 20) {
+        return Err(format!("store is {STORE_HELP}"));
+    }
+    let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+    let path = path.to_str().ok_or("the path is no UTF-8")?.to_owned();
+    Ok(AreaSpec { path, bytes })
 }
 
 fn switch(text: &str) -> Option<bool> {
@@ -194,12 +248,14 @@ fn switch(text: &str) -> Option<bool> {
     }
 }
 
-/// A number of bytes, with K or M for powers of 1024.
-fn size(text: &str) -> Option<u64> {
+/// A number of bytes, with K, M, G or T for powers of 1024.
+pub(crate) fn size(text: &str) -> Option<u64> {
     let (digits, unit) = match text.as_bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 1 << 10),
         b'm' | b'M' => (&text[..text.len() - 1], 1 << 20),
-        _ => (text, 1),
+        b'g' | b'G' => (&text[..text.len() - 1], 1 << 30),
+        b't' | b'T' => (&text[..text.len() - 1], 1 << 40),
+        _ => (text, 1_u64),
     };
     digits.parse::<u64>().ok()?.checked_mul(unit)
 }
@@ -244,6 +300,18 @@ mod tests {
             let error = spec(text).unwrap_err();
             assert!(error.contains(mention), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn areas_are_named_one_by_one() {
+        let disk = spec("name=vda,path=a,socket=s,store=/x,store=/y:2G,store=/z:10:,store-limit=1T").unwrap();
+        let areas: Vec<_> = disk.store.iter().map(|one| (one.path.as_str(), one.bytes)).collect();
+        assert_eq!(areas, [("/x", None), ("/y", Some(2 << 30)), ("/z:10", None)]);
+        assert_eq!(disk.store_limit, Some(1 << 40));
+        assert!(spec("name=vda,path=a,socket=s,store=/x:4096").unwrap_err().contains("1M"));
+        let table: toml::Table = "name='vda'\npath='a'\nsocket='s'\nstore=['/x', '/y:2G']".parse().unwrap();
+        let table = Keys::from_table(&table).unwrap().finish().unwrap();
+        assert_eq!(table.store[1], AreaSpec { path: "/y".into(), bytes: Some(2 << 30) });
     }
 
     #[test]

@@ -7,23 +7,29 @@
 
 mod args;
 mod catalog;
+mod checkpoints;
 mod cli;
 #[allow(unsafe_code)]
 mod descriptor;
 mod disk_spec;
+mod inspect;
 mod maintenance;
+mod moves;
 mod nbd;
 mod offered;
 mod overlays;
+mod picture;
+mod resize;
 mod serve;
 mod service;
+mod space;
 mod stop;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{BackendProgram, Cli, Command, Serve};
+use crate::args::{BackendProgram, Cli, Command, Serve, TrackerCommand};
 use crate::disk_spec::DiskSpec;
 use crate::serve::{FrontEnd, Plan};
 
@@ -39,6 +45,15 @@ fn main() -> ExitCode {
         .init();
     let plan = match command {
         Some(Command::Serve(serve)) => plan_of_serve(serve),
+        Some(Command::Check(check)) => return inspect::check(&check),
+        Some(Command::Dump(dump)) => return inspect::dump(&dump),
+        Some(Command::Tracker(TrackerCommand::Export { state, file })) => {
+            return moves::export_left(&state, &file);
+        }
+        Some(Command::Tracker(TrackerCommand::CancelExport { state })) => return moves::cancel(&state),
+        Some(Command::Tracker(TrackerCommand::Import { file, image, state, replace })) => {
+            return moves::import(&file, &image, state, replace);
+        }
         Some(other) => return cli::run(other),
         None => plan_of_program(program),
     };
@@ -56,7 +71,8 @@ fn plan_of_serve(serve: Serve) -> Result<Plan, String> {
     let mut serve = serve.with_config()?;
     serve.doors.control.get_or_insert_with(control::paths::control_socket);
     serve.doors.nbd.get_or_insert_with(control::paths::nbd_socket);
-    Ok(Plan { disks: serve.disks, doors: serve.doors, front_end: FrontEnd::Sockets })
+    let store_limit = serve.store_limit;
+    Ok(Plan { disks: serve.disks, doors: serve.doors, front_end: FrontEnd::Sockets, store_limit })
 }
 
 /// A front end that starts its own back ends gets one disk and no other doors unless it says so: several
@@ -76,7 +92,7 @@ fn plan_of_program(program: BackendProgram) -> Result<Plan, String> {
         _ => return Err("say where the front end is: --socket-path or --fd, one of the two".into()),
     };
     let disk = DiskSpec::plain(image, program.socket_path.clone(), program.read_only)?;
-    Ok(Plan { disks: vec![disk], doors: program.doors, front_end })
+    Ok(Plan { disks: vec![disk], doors: program.doors, front_end, store_limit: None })
 }
 
 /// Starts a named thread.

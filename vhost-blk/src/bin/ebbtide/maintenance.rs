@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use control::EventHub;
 use cow_engine::group::Admin;
 use cow_engine::host::Executor;
 
@@ -16,8 +17,19 @@ use crate::serve::Served;
 /// How often to look without being told that there is something to do.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often to look whether difference stores reach their medium.
-const STORE_CHECKS: Duration = Duration::from_secs(10);
+/// How often to look whether difference stores reach their medium. The kernel begins to write back what is about as
+/// old.
+const STORE_CHECKS: Duration = Duration::from_secs(30);
+
+/// How long a turn of writing back is, with the pauses that leave the medium to guests.
+const EASING: Duration = Duration::from_millis(200);
+
+/// How long one disk's merges and rewinds go on before it is others' turn, and that of periodic duties.
+const TURN: Duration = Duration::from_millis(500);
+
+/// How long nothing is changed in a region before a stop of the host would not count it as changed; at most
+/// twice as long.
+const COOLING: Duration = Duration::from_secs(30);
 
 /// What the thread was told.
 #[derive(Default)]
@@ -61,9 +73,9 @@ impl Upkeep {
     }
 
     /// Starts the thread that maintains `disks`.
-    pub(crate) fn start(&self, disks: Arc<Vec<Served>>) -> anyhow::Result<Maintenance> {
+    pub(crate) fn start(&self, disks: Arc<Vec<Served>>, hub: EventHub) -> anyhow::Result<Maintenance> {
         let upkeep = self.clone();
-        let thread = crate::thread("maintenance", move || run(&upkeep, &disks));
+        let thread = crate::thread("maintenance", move || run(&upkeep, &disks, &hub));
         Ok(Maintenance { upkeep: self.clone(), thread: Some(thread.context("cannot start a thread")?) })
     }
 }
@@ -86,7 +98,7 @@ impl Drop for Maintenance {
     }
 }
 
-fn run(upkeep: &Upkeep, disks: &[Served]) {
+fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
     let executor = match Executor::new(16) {
         Ok(executor) => executor,
         Err(error) => {
@@ -95,28 +107,65 @@ fn run(upkeep: &Upkeep, disks: &[Served]) {
         }
     };
     let mut checked = Instant::now();
-    while upkeep.wait(TICK) {
+    let mut measured = Instant::now();
+    let mut cooled = Instant::now();
+    let mut pause = TICK;
+    while upkeep.wait(pause) {
+        pause = TICK;
         for served in disks {
-            maintain(upkeep, &executor, served);
+            if maintain(upkeep, &executor, served) {
+                pause = Duration::ZERO;
+            }
+            while executor.block_on(served.disk.write_behind(&executor.storage())) && !upkeep.told().end {}
+        }
+        if measured.elapsed() >= TICK {
+            measured = Instant::now();
+            disks.iter().for_each(|served| served.meter.look(served, hub));
         }
         if checked.elapsed() >= STORE_CHECKS {
-            for served in disks {
-                executor.block_on(served.disk.check_stores(&executor.storage()));
+            // Not for ever: what is written meanwhile may be as much.
+            if checked.elapsed() < 4 * STORE_CHECKS && ease(upkeep, &executor, disks) {
+                pause = Duration::ZERO;
+            } else {
+                for served in disks {
+                    executor.block_on(served.disk.check_stores(&executor.storage()));
+                }
+                checked = Instant::now();
             }
-            checked = Instant::now();
+        }
+        if cooled.elapsed() >= COOLING {
+            for served in disks {
+                executor.block_on(served.disk.cool(&executor.storage()));
+            }
+            cooled = Instant::now();
         }
     }
 }
 
-/// Maintains one disk until there is nothing left to do, or it is over.
-fn maintain(upkeep: &Upkeep, executor: &Executor, served: &Served) {
+/// Writes back what is in the page cache only, for a while and with pauses; `true` if there is more.
+fn ease(upkeep: &Upkeep, executor: &Executor, disks: &[Served]) -> bool {
+    let turn = Instant::now();
+    while turn.elapsed() < EASING && !upkeep.told().end {
+        let began = Instant::now();
+        let eased = |served: &Served| executor.block_on(served.disk.ease_stores(&executor.storage()));
+        if !disks.iter().any(eased) {
+            return false;
+        }
+        std::thread::sleep(3 * began.elapsed());
+    }
+    !upkeep.told().end
+}
+
+/// Maintains one disk until there is nothing left to do, or it is over; `true` if it is others' turn first.
+fn maintain(upkeep: &Upkeep, executor: &Executor, served: &Served) -> bool {
     let io = executor.storage();
-    loop {
+    let turn = Instant::now();
+    while turn.elapsed() < TURN {
         let began = Instant::now();
         let more = executor.block_on(served.disk.maintain(&mut upkeep.admin(), &io));
         match more {
             Ok(true) => {}
-            Ok(false) => return,
+            Ok(false) => return false,
             Err(error) => {
                 let source =
                     std::error::Error::source(&error).map_or(String::new(), |why| format!(": {why}"));
@@ -124,12 +173,13 @@ fn maintain(upkeep: &Upkeep, executor: &Executor, served: &Served) {
                     "{}: space of deleted snapshots is not given back: {error}{source}",
                     served.spec.name
                 );
-                return;
+                return false;
             }
         }
         if upkeep.told().end {
-            return;
+            return false;
         }
         std::thread::sleep(began.elapsed());
     }
+    true
 }

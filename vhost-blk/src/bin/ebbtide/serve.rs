@@ -13,10 +13,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow, bail};
+use control::commands::OnOverflow;
 use control::{Event, EventHub, Listener, Server, paths};
 use cow_engine::group::{self, Admin};
 use cow_engine::host::{Access, Backing, Executor, HostDir, HostFile, HostStorage, ImageOptions, LockError};
-use cow_engine::{Disk, DiskOptions, ResetReason};
+use cow_engine::{Budget, Disk, DiskOptions, ResetReason, StorePlan};
 use vhost_blk::{Cache, Connection, Device, DiscardMode, LogicalBlock, Options};
 
 use crate::args::Doors;
@@ -26,6 +27,7 @@ use crate::maintenance::Upkeep;
 use crate::nbd::NbdServer;
 use crate::overlays::Overlays;
 use crate::service::ControlService;
+use crate::space::Meter;
 use crate::stop::Stop;
 
 /// How long to wait for the last I/O of a daemon that was killed, which holds its locks.
@@ -57,6 +59,8 @@ pub(crate) struct Plan {
     pub(crate) disks: Vec<DiskSpec>,
     pub(crate) doors: Doors,
     pub(crate) front_end: FrontEnd,
+    /// Bytes of old content of all disks, if there is a limit.
+    pub(crate) store_limit: Option<u64>,
 }
 
 /// A disk on offer.
@@ -68,6 +72,8 @@ pub(crate) struct Served {
     pub(crate) state: PathBuf,
     /// Why and when this daemon began a new generation, if it did.
     pub(crate) reset: Option<(ResetReason, SystemTime)>,
+    /// How full its difference store gets.
+    pub(crate) meter: Meter,
     /// Held while the daemon runs.
     _state_lock: std::fs::File,
 }
@@ -80,7 +86,9 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     watch_signals(stop.clone())?;
     let hub = EventHub::new();
     let executor = Executor::new(16).context("cannot start an io_uring: this needs Linux 6.1 or later")?;
-    let disks = open_disks(&executor, plan.disks, &hub)?;
+    let budget = Arc::new(Budget::new("the difference stores of all disks"));
+    let disks = open_disks(&executor, plan.disks, &hub, &budget)?;
+    budget.begin_limit(plan.store_limit);
 
     let catalog = Arc::new(Catalog::new(
         disks.iter().map(|served| served.disk.clone()).collect(),
@@ -139,10 +147,12 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         catalog,
         overlays: overlays.clone(),
         hub: hub.clone(),
+        budget,
         stop: stop.clone(),
         started: Instant::now(),
         control_socket: plan.doors.control.as_ref().map_or(String::new(), |path| path.display().to_string()),
     };
+    let maintenance_hub = hub.clone();
     let server = match control {
         Some(listener) => {
             let started = Server::start(listener, Arc::new(service), hub, control::Options::default());
@@ -160,7 +170,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         log::info!("{}: serving {}", served.spec.name, served.image_path);
     }
 
-    let maintenance = upkeep.start(disks.clone())?;
+    let maintenance = upkeep.start(disks.clone(), maintenance_hub)?;
 
     stop.wait();
     log::info!("stopping");
@@ -193,11 +203,16 @@ fn close(executor: &Executor, disks: &[Served]) -> anyhow::Result<()> {
     result
 }
 
-fn open_disks(executor: &Executor, specs: Vec<DiskSpec>, hub: &EventHub) -> anyhow::Result<Vec<Served>> {
+fn open_disks(
+    executor: &Executor,
+    specs: Vec<DiskSpec>,
+    hub: &EventHub,
+    budget: &Arc<Budget>,
+) -> anyhow::Result<Vec<Served>> {
     let boot = boot_id()?;
     let mut disks = Vec::new();
     for spec in specs {
-        disks.push(open_disk(executor, spec, boot, hub)?);
+        disks.push(open_disk(executor, spec, boot, hub, budget)?);
     }
     let io = executor.storage();
     let all: Vec<_> = disks.iter().map(|served| served.disk.clone()).collect();
@@ -208,7 +223,13 @@ fn open_disks(executor: &Executor, specs: Vec<DiskSpec>, hub: &EventHub) -> anyh
     Ok(disks)
 }
 
-fn open_disk(executor: &Executor, spec: DiskSpec, boot: [u8; 16], hub: &EventHub) -> anyhow::Result<Served> {
+fn open_disk(
+    executor: &Executor,
+    spec: DiskSpec,
+    boot: [u8; 16],
+    hub: &EventHub,
+    budget: &Arc<Budget>,
+) -> anyhow::Result<Served> {
     let options = ImageOptions {
         read_only: spec.read_only,
         direct: spec.direct,
@@ -217,19 +238,14 @@ fn open_disk(executor: &Executor, spec: DiskSpec, boot: [u8; 16], hub: &EventHub
     let image = HostFile::open_image(&spec.path, options)?;
     lock(&image, spec.read_only)?;
     let path = spec.path.canonicalize().with_context(|| format!("cannot resolve {}", spec.path.display()))?;
-    let state = state_directory(&spec, &path, &image)?;
+    let state = state_directory(spec.state.as_deref(), &path, &image)?;
     let state_lock = lock_state(&state)?;
     let image_path = path.display().to_string();
     let events = {
         let hub = hub.clone();
         Arc::new(move |event| {
-            if let cow_engine::Event::SnapshotBroken { disk, snapshot, code, reason } = event {
-                hub.post(&Event::SnapshotBroken {
-                    name: snapshot,
-                    disk,
-                    reason: code.to_owned(),
-                    desc: reason,
-                });
+            if let Some(event) = translate(event) {
+                hub.post(&event);
             }
         })
     };
@@ -243,6 +259,8 @@ fn open_disk(executor: &Executor, spec: DiskSpec, boot: [u8; 16], hub: &EventHub
         boot,
         events,
         merge_step: cow_engine::MERGE_STEP,
+        store: StorePlan { areas: spec.store.clone(), limit: spec.store_limit, shared: budget.clone() },
+        region_bytes: None,
     };
     let opened = executor.block_on(Disk::open(&executor.storage(), options));
     let (disk, report) =
@@ -251,7 +269,33 @@ fn open_disk(executor: &Executor, spec: DiskSpec, boot: [u8; 16], hub: &EventHub
     tell(&spec.name, &disk, &report, hub);
     let device = Device::new(disk.clone(), device_options(&spec))
         .with_context(|| format!("cannot offer the disk '{}'", spec.name))?;
-    Ok(Served { spec, disk, device, image_path, state, reset, _state_lock: state_lock })
+    let meter = Meter::new(budget.clone(), disk.store_budget().used());
+    Ok(Served { spec, disk, device, image_path, state, reset, meter, _state_lock: state_lock })
+}
+
+/// The engine's event in the control plane's words.
+fn translate(event: cow_engine::Event) -> Option<Event> {
+    use cow_engine::Event as Engine;
+    Some(match event {
+        Engine::SnapshotBroken { disk, snapshot, code, reason } => {
+            Event::SnapshotBroken { name: snapshot, disk, reason: code.to_owned(), desc: reason }
+        }
+        Engine::CheckpointDamaged { disk, checkpoint, reason } => {
+            Event::CheckpointDamaged { name: checkpoint, disk, desc: reason }
+        }
+        Engine::RewindStarted { disk, snapshot, bytes } => Event::RewindStarted { disk, snapshot, bytes },
+        Engine::RewindCompleted { disk, snapshot } => Event::RewindCompleted { disk, snapshot },
+        Engine::RewindFailed { disk, snapshot, reason } => {
+            Event::RewindFailed { disk, snapshot, desc: reason }
+        }
+        Engine::Overflow { disk, fails, hold_seconds, reason } => Event::StoreOverflow {
+            disk,
+            action: if fails { OnOverflow::FailWrites } else { OnOverflow::HoldWrites },
+            hold_deadline: (!fails).then_some(hold_seconds),
+            desc: reason,
+        },
+        _ => return None,
+    })
 }
 
 /// Says what was found of a disk's past.
@@ -262,11 +306,26 @@ fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, h
     if !report.kept.is_empty() {
         log::info!("{name}: kept {} snapshots: {}", report.kept.len(), report.kept.join(", "));
     }
+    if report.presumed_changed > 0 {
+        let mib = report.presumed_changed >> 20;
+        log::warn!("{name}: the host stopped without a clean end: {mib} MiB count as changed");
+    }
     for (snapshot, reason) in &report.dropped {
         log::warn!("{name}: snapshot {snapshot} is lost: {reason}");
     }
+    for (path, reason) in &report.areas_lost {
+        log::warn!(
+            "{name}: the store {path} cannot be used, snapshots with old content in it are broken: {reason}"
+        );
+    }
     for (overlay, reason) in &report.overlays_dropped {
         log::warn!("{name}: overlay {overlay} is lost: {reason}");
+    }
+    for (file, reason) in &report.checkpoints_lost {
+        log::warn!("{name}: a checkpoint ({file}) is lost: {reason}");
+    }
+    if let Some(snapshot) = &report.rewinding {
+        log::info!("{name}: the rewind to snapshot '{snapshot}' goes on");
     }
     if let Some(reason) = &report.reset {
         let generation = disk.change_id().generation.to_string();
@@ -300,7 +359,7 @@ pub(crate) fn device_options(spec: &DiskSpec) -> Options {
 }
 
 /// Takes the image's locks; waits for a daemon that was killed, whose last I/O still holds them.
-fn lock(image: &HostFile, read_only: bool) -> Result<(), LockError> {
+pub(crate) fn lock(image: &HostFile, read_only: bool) -> Result<(), LockError> {
     let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
     let deadline = Instant::now() + FENCE;
     loop {
@@ -314,9 +373,13 @@ fn lock(image: &HostFile, read_only: bool) -> Result<(), LockError> {
 }
 
 /// The state directory, made if need be: beside the image unless said otherwise.
-fn state_directory(spec: &DiskSpec, image_path: &Path, image: &HostFile) -> anyhow::Result<PathBuf> {
-    let path = match (&spec.state, image.backing()) {
-        (Some(path), _) => path.clone(),
+pub(crate) fn state_directory(
+    said: Option<&Path>,
+    image_path: &Path,
+    image: &HostFile,
+) -> anyhow::Result<PathBuf> {
+    let path = match (said, image.backing()) {
+        (Some(path), _) => path.to_owned(),
         (None, Backing::File) => {
             let mut path = image_path.as_os_str().to_owned();
             path.push(".ebb");
@@ -343,7 +406,7 @@ fn state_directory(spec: &DiskSpec, image_path: &Path, image: &HostFile) -> anyh
 }
 
 /// Keeps other daemons out of a state directory for as long as the answer is held.
-fn lock_state(state: &Path) -> anyhow::Result<std::fs::File> {
+pub(crate) fn lock_state(state: &Path) -> anyhow::Result<std::fs::File> {
     let path = state.join("lock");
     let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
@@ -359,7 +422,7 @@ fn lock_state(state: &Path) -> anyhow::Result<std::fs::File> {
 }
 
 /// This boot of the host.
-fn boot_id() -> anyhow::Result<[u8; 16]> {
+pub(crate) fn boot_id() -> anyhow::Result<[u8; 16]> {
     const PATH: &str = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?;
     Ok(uuid::Uuid::try_parse(text.trim()).with_context(|| format!("{PATH} holds no UUID"))?.into_bytes())
@@ -372,7 +435,8 @@ pub(crate) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
         if !found.file_type().is_socket() {
             bail!("cannot listen on {}: there is something else that is no socket", path.display());
         }
-        if UnixStream::connect(path).is_ok() {
+        let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+        if !UnixStream::connect(path).is_err_and(refused) {
             bail!("cannot listen on {}: another program does", path.display());
         }
         std::fs::remove_file(path).with_context(fail)?;

@@ -7,26 +7,33 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use control::commands::{
-    ChangedBlocks, ChangedRange, DiskInfo, ExportInfo, IoCounters, NbdExportAdd, NbdExportDel, Nothing,
-    OverlayInfo, QueryChangedBlocks, QueryDisks, QueryExports, QuerySnapshots, QueryStatus, RunState, Since,
-    SnapshotClose, SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo,
-    SnapshotOpen, SnapshotPoint, SnapshotState, StatusInfo, Timestamp, TrackerInfo,
+    AreaInfo, BlockResize, BlockResized, ChangeMap, ChangedBlocks, CheckpointCreate, CheckpointCreated,
+    CheckpointDelete, CheckpointDeleted, CheckpointInfo, DiskInfo, DiskRevert, ExportInfo, IncrementalInfo,
+    IoCounters, MarkRange, NbdExportAdd, NbdExportDel, Nothing, OnOverflow, OverlayInfo, QueryChangeMap,
+    QueryChangedBlocks, QueryCheckpoints, QueryDisks, QueryExports, QueryIncremental, QuerySnapshots,
+    QueryStatus, RewindInfo, RunState, SnapshotClose, SnapshotCreate, SnapshotCreated, SnapshotDelete,
+    SnapshotDeleted, SnapshotInfo, SnapshotOpen, SnapshotPoint, SnapshotState, StatusInfo, StoreAppend,
+    StoreLimit, Timestamp, TrackerExport, TrackerExported, TrackerInfo, TrackerMark,
 };
 use control::service::{Answer, reason};
 use control::{CommandError, Event, EventHub, Service};
-use cow_engine::cbt::{ByteRange, Epoch};
+use cow_engine::cbt::ByteRange;
 use cow_engine::group;
 use cow_engine::host::{Executor, HostStorage};
-use cow_engine::{Disk, Error, Snapshot, View};
+use cow_engine::{AreaSpec, Budget, Disk, Error, Snapshot, Terms};
 
+use crate::args::is_part;
 use crate::catalog::{Catalog, no_disk};
 use crate::maintenance::Upkeep;
 use crate::overlays::Overlays;
 use crate::serve::Served;
+use crate::space;
 use crate::stop::Stop;
 
 /// Submissions of a verb between two system calls.
 const RING_ENTRIES: u32 = 16;
+/// Keys that a query looks at to tell what deletions would free: some tenths of a second.
+const FREED_LOOKS: u64 = 1 << 20;
 
 /// What the control socket reaches.
 pub(crate) struct ControlService {
@@ -35,6 +42,8 @@ pub(crate) struct ControlService {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) overlays: Arc<Overlays>,
     pub(crate) hub: EventHub,
+    /// The limit of all disks' difference stores.
+    pub(crate) budget: Arc<Budget>,
     pub(crate) stop: Stop,
     pub(crate) started: Instant,
     pub(crate) control_socket: String,
@@ -46,7 +55,7 @@ impl ControlService {
     }
 
     /// The disks that were named, or all.
-    fn chosen(&self, names: Option<Vec<String>>) -> Answer<Vec<Arc<Disk<HostStorage>>>> {
+    pub(crate) fn chosen(&self, names: Option<Vec<String>>) -> Answer<Vec<Arc<Disk<HostStorage>>>> {
         match names {
             Some(names) => names.iter().map(|name| Ok(self.served(name)?.disk.clone())).collect(),
             None => Ok(self.disks.iter().map(|served| served.disk.clone()).collect()),
@@ -79,10 +88,20 @@ impl Service for ControlService {
         let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let created_ns = u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX);
         let name = arguments.name;
+        let terms = Terms {
+            on_overflow: match arguments.on_overflow {
+                OnOverflow::BreakSnapshot => cow_engine::OnOverflow::BreakSnapshot,
+                OnOverflow::HoldWrites => cow_engine::OnOverflow::HoldWrites,
+                OnOverflow::FailWrites => cow_engine::OnOverflow::FailWrites,
+            },
+            hold_seconds: arguments.hold_deadline.unwrap_or(Terms::HOLD_SECONDS),
+            limit: arguments.limit.unwrap_or(0),
+        };
         let instant = {
             let mut admin = self.upkeep.admin();
             on_ring(async |io| {
-                group::create(&mut admin, &io, &disks, &name, created_ns, group::GATE_DEADLINE).await
+                let patience = group::GATE_DEADLINE;
+                group::create_on(&mut admin, &io, &disks, &name, created_ns, patience, terms).await
             })?
         };
         let points: Vec<_> = instant
@@ -133,6 +152,38 @@ impl Service for ControlService {
         result.map(|()| SnapshotDeleted { name, disks: deleted })
     }
 
+    fn store_append(&self, arguments: StoreAppend) -> Answer<AreaInfo> {
+        let disk = self.served(&arguments.disk)?.disk.clone();
+        let path = std::path::Path::new(&arguments.path);
+        if let Some(served) = self.disks.iter().find(|served| is_part(path, &served.spec.path)) {
+            let text = format!("'{}' is, or is on, the disk '{}' itself", arguments.path, served.spec.name);
+            return Err(CommandError::generic(reason::STORE_REFUSED, text));
+        }
+        let spec = AreaSpec { path: arguments.path, bytes: arguments.size };
+        let mut admin = self.upkeep.admin();
+        on_ring(async |io| disk.append_area(&mut admin, &io, &spec).await)?;
+        let areas = disk.areas();
+        let added = areas.iter().find(|area| area.path == spec.path);
+        added.map(space::describe).ok_or_else(|| CommandError::generic(reason::IO, "The area is gone again"))
+    }
+
+    fn store_limit(&self, arguments: StoreLimit) -> Answer<Nothing> {
+        let _admin = self.upkeep.admin();
+        let StoreLimit { disk, snapshot, bytes } = arguments;
+        match (disk, snapshot) {
+            (Some(disk), Some(snapshot)) => {
+                let disk = &self.served(&disk)?.disk;
+                on_ring(async |io| disk.limit_snapshot(&io, &snapshot, bytes).await)?;
+            }
+            (Some(disk), None) => self.served(&disk)?.disk.limit_store(bytes).map_err(explain)?,
+            (None, _) => {
+                self.budget.set_limit(bytes).map_err(explain)?;
+                self.disks.iter().for_each(|served| served.disk.retry_held());
+            }
+        }
+        Ok(Nothing {})
+    }
+
     fn snapshot_open(&self, arguments: SnapshotOpen) -> Answer<OverlayInfo> {
         let _admin = self.upkeep.admin();
         self.overlays.open(&arguments)
@@ -143,6 +194,26 @@ impl Service for ControlService {
         self.overlays.close(&arguments).map(|()| Nothing {})
     }
 
+    fn disk_revert(&self, arguments: DiskRevert) -> Answer<RewindInfo> {
+        let served = self.served(&arguments.disk)?;
+        if served.spec.read_only {
+            let text = format!("The disk '{}' is served read-only", arguments.disk);
+            return Err(CommandError::generic(reason::READ_ONLY, text));
+        }
+        let mut admin = self.upkeep.admin();
+        if served.device.is_connected() && !arguments.force {
+            let text = format!(
+                "A front end is connected to the disk '{}', whose guest would go on with what it has in memory: stop it first, or say 'force'",
+                arguments.disk
+            );
+            return Err(CommandError::generic(reason::DISK_IN_USE, text));
+        }
+        let (disk, name) = (&served.disk, &arguments.snapshot);
+        let rewind = on_ring(async |io| disk.revert(&mut admin, &io, name, group::GATE_DEADLINE).await)?;
+        self.upkeep.nudge();
+        Ok(rewind_info(rewind))
+    }
+
     fn query_snapshots(&self, arguments: QuerySnapshots) -> Answer<Vec<SnapshotInfo>> {
         let disks = self.chosen(arguments.disk.map(|disk| vec![disk]))?;
         let mut all: Vec<_> = disks
@@ -150,6 +221,7 @@ impl Service for ControlService {
             .flat_map(|disk| disk.snapshots().into_iter().map(|snapshot| (disk.clone(), snapshot)))
             .collect();
         all.sort_by_key(|(_, snapshot)| snapshot.created_ns());
+        let looks = FREED_LOOKS / (all.len() as u64).max(1);
         Ok(all
             .iter()
             .map(|(disk, snapshot)| SnapshotInfo {
@@ -164,7 +236,23 @@ impl Service for ControlService {
                     SnapshotState::Active
                 },
                 reason: snapshot.broken().map(str::to_owned),
+                broken_time: snapshot.broken_when().and_then(|(ns, _)| {
+                    let time = SystemTime::UNIX_EPOCH + Duration::from_nanos(ns);
+                    (ns != 0).then(|| Timestamp::from(time))
+                }),
+                errno: snapshot.broken_when().map(|(_, errno)| errno).filter(|errno| *errno != 0),
+                on_overflow: match snapshot.terms().on_overflow {
+                    cow_engine::OnOverflow::BreakSnapshot => OnOverflow::BreakSnapshot,
+                    cow_engine::OnOverflow::HoldWrites => OnOverflow::HoldWrites,
+                    cow_engine::OnOverflow::FailWrites => OnOverflow::FailWrites,
+                },
+                hold_deadline: Some(snapshot.terms())
+                    .filter(|terms| terms.on_overflow == cow_engine::OnOverflow::HoldWrites)
+                    .map(|terms| terms.hold_seconds),
+                limit: Some(snapshot.terms().limit).filter(|limit| *limit != 0),
                 held: snapshot.bytes_held(),
+                bytes_freed_by_delete: disk.bytes_freed_by_delete(snapshot, looks),
+                released: snapshot.bytes_released(),
                 exports: self.catalog.names_of(disk.name(), snapshot.name()),
                 overlays: self.overlays.of(disk.name(), snapshot.name()),
             })
@@ -172,32 +260,47 @@ impl Service for ControlService {
     }
 
     fn query_changed_blocks(&self, arguments: QueryChangedBlocks) -> Answer<ChangedBlocks> {
+        self.compare(arguments)
+    }
+
+    fn checkpoint_create(&self, arguments: CheckpointCreate) -> Answer<CheckpointCreated> {
+        self.make_checkpoint(arguments)
+    }
+
+    fn checkpoint_delete(&self, arguments: CheckpointDelete) -> Answer<CheckpointDeleted> {
+        self.drop_checkpoint(arguments)
+    }
+
+    fn query_checkpoints(&self, arguments: QueryCheckpoints) -> Answer<Vec<CheckpointInfo>> {
+        self.list_checkpoints(arguments.disk)
+    }
+
+    fn query_incremental(&self, arguments: QueryIncremental) -> Answer<Vec<IncrementalInfo>> {
+        self.is_incremental(&arguments.since, arguments.disks)
+    }
+
+    fn block_resize(&self, arguments: BlockResize) -> Answer<BlockResized> {
+        let served = self.served(&arguments.disk)?;
+        crate::resize::resize(served, &mut self.upkeep.admin(), &arguments)
+    }
+
+    fn tracker_mark(&self, arguments: TrackerMark) -> Answer<Nothing> {
         let disk = &self.served(&arguments.disk)?.disk;
-        let snapshot = disk.snapshot(&arguments.snapshot).map_err(explain)?;
-        let (since, epoch) = resolve(disk, &snapshot, &arguments)?;
-        let size = snapshot.capacity();
-        if arguments.offset > size {
-            let text = format!("Offset {} is past the end of the disk at {size}", arguments.offset);
-            return Err(CommandError::generic(reason::BAD_ARGUMENT, text));
-        }
-        let until = snapshot.change_id();
-        let view = View::new(disk.clone(), snapshot);
-        let block_size = view.block_grid().map_err(explain)?.bytes();
-        let limit = usize::try_from(arguments.limit.get()).unwrap_or(usize::MAX);
-        let range = ByteRange::new(arguments.offset, size);
-        let found = on_ring(async |io| view.changes(&io, epoch, range, limit).await)?;
-        let next =
-            found.last().filter(|last| found.len() == limit && last.end() < size).map(|last| last.end());
-        Ok(ChangedBlocks {
-            disk: arguments.disk,
-            snapshot: arguments.snapshot,
-            since,
-            until: until.to_string(),
-            size,
-            block_size,
-            ranges: found.iter().map(|r| ChangedRange { offset: r.start(), length: r.len() }).collect(),
-            next_offset: next,
-        })
+        let range = |range: &MarkRange| ByteRange::at(range.offset, range.length);
+        let ranges: Option<Vec<ByteRange>> = arguments.ranges.iter().map(range).collect();
+        // Their ends were checked.
+        let ranges = ranges.unwrap_or_default();
+        on_ring(async |io| disk.mark_changed(&io, disk.lane(), &ranges).await)?;
+        Ok(Nothing {})
+    }
+
+    fn query_change_map(&self, arguments: QueryChangeMap) -> Answer<ChangeMap> {
+        crate::moves::change_map(&self.served(&arguments.disk)?.disk, arguments)
+    }
+
+    fn tracker_export(&self, arguments: TrackerExport) -> Answer<TrackerExported> {
+        let served = self.served(&arguments.disk)?;
+        crate::moves::export(served, &mut self.upkeep.admin(), arguments)
     }
 
     fn nbd_export_add(&self, arguments: NbdExportAdd) -> Answer<ExportInfo> {
@@ -222,34 +325,6 @@ pub(crate) fn on_ring<T>(verb: impl AsyncFnOnce(HostStorage) -> Result<T, Error>
     let executor = Executor::new(RING_ENTRIES)
         .map_err(|error| CommandError::generic(reason::IO, format!("Cannot start an io_uring: {error}")))?;
     executor.block_on(verb(executor.storage())).map_err(explain)
-}
-
-/// The instant that changes are counted from: its name for the answer, and its epoch.
-fn resolve(
-    disk: &Disk<HostStorage>,
-    snapshot: &Snapshot<HostStorage>,
-    arguments: &QueryChangedBlocks,
-) -> Answer<(String, Epoch)> {
-    let id = match arguments.since() {
-        Since::ChangeId(text) => text.parse().map_err(|error| {
-            CommandError::generic(reason::BAD_ARGUMENT, format!("Argument 'since': {error}"))
-        })?,
-        Since::Snapshot(name) => {
-            let older = disk.snapshot(name).map_err(explain)?;
-            let (from, to) = (older.change_id(), snapshot.change_id());
-            if from.generation == to.generation && from.epoch >= to.epoch {
-                let text = format!("Snapshot '{name}' is not older than '{}'", snapshot.name());
-                return Err(CommandError::generic(reason::SINCE_NOT_OLDER, text));
-            }
-            from
-        }
-    };
-    let epoch = disk.resolve(id, snapshot).map_err(|error| {
-        let same = id.generation == snapshot.change_id().generation;
-        let reason = if same { reason::SINCE_NOT_OLDER } else { reason::GENERATION_DIFFERS };
-        CommandError::generic(reason, sentence(&error))
-    })?;
-    Ok((id.to_string(), epoch))
 }
 
 fn describe(served: &Served) -> DiskInfo {
@@ -292,7 +367,15 @@ fn describe(served: &Served) -> DiskInfo {
         },
         snapshots: count(snapshots.len()),
         held,
+        rewind: disk.rewind().map(rewind_info),
+        handed_over: disk.is_handed_over(),
+        store: served.meter.info(served),
     }
+}
+
+fn rewind_info(rewind: cow_engine::RewindInfo) -> RewindInfo {
+    let cow_engine::RewindInfo { snapshot, bytes, bytes_left, trouble } = rewind;
+    RewindInfo { snapshot, bytes, bytes_left, trouble }
 }
 
 /// When a snapshot was taken.
@@ -305,14 +388,31 @@ pub(crate) fn explain(error: Error) -> CommandError {
     let text = sentence(&error);
     match error {
         Error::NoSuchSnapshot { .. } => CommandError::not_found(reason::SNAPSHOT_NOT_FOUND, text),
+        Error::NoSuchInstant { .. } => CommandError::not_found(reason::SNAPSHOT_NOT_FOUND, text),
+        Error::NoSuchCheckpoint { .. } => CommandError::not_found(reason::CHECKPOINT_NOT_FOUND, text),
+        Error::CheckpointExists { .. } => CommandError::generic(reason::CHECKPOINT_EXISTS, text),
+        Error::CheckpointDamaged { .. } => CommandError::generic(reason::CHECKPOINT_DAMAGED, text),
+        Error::AmbiguousName { .. } => CommandError::generic(reason::AMBIGUOUS_NAME, text),
+        Error::BadChangeId { .. } => CommandError::generic(reason::BAD_CHANGE_ID, text),
+        Error::OtherGeneration { .. } => CommandError::generic(reason::GENERATION_DIFFERS, text),
+        Error::SinceNotOlder { .. } => CommandError::generic(reason::SINCE_NOT_OLDER, text),
         Error::SnapshotExists { .. } => CommandError::generic(reason::SNAPSHOT_EXISTS, text),
         Error::SnapshotBroken { .. } => CommandError::generic(reason::SNAPSHOT_BROKEN, text),
         Error::SnapshotInUse { .. } => CommandError::generic(reason::SNAPSHOT_IN_USE, text),
         Error::NoSuchOverlay { .. } => CommandError::not_found(reason::OVERLAY_NOT_FOUND, text),
         Error::OverlayExists { .. } => CommandError::generic(reason::OVERLAY_EXISTS, text),
         Error::GateTimeout { .. } => CommandError::generic(reason::GATE_TIMEOUT, text),
+        Error::RewindActive { .. } => CommandError::generic(reason::REWIND_ACTIVE, text),
+        Error::CapacityDiffers { .. } => CommandError::generic(reason::CAPACITY_DIFFERS, text),
         Error::NotTracked { .. } => CommandError::generic(reason::TRACKING_OFF, text),
-        Error::BadName { .. } => CommandError::generic(reason::BAD_ARGUMENT, text),
+        Error::AreaRefused { .. } => CommandError::generic(reason::STORE_REFUSED, text),
+        Error::LimitInUse { .. } => CommandError::generic(reason::LIMIT_IN_USE, text),
+        Error::BadName { .. } | Error::PastEnd { .. } | Error::BadSize { .. } | Error::Shrink { .. } => {
+            CommandError::generic(reason::BAD_ARGUMENT, text)
+        }
+        Error::Io { ref source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => {
+            CommandError::generic(reason::FILE_EXISTS, text)
+        }
         Error::Io { .. } => CommandError::generic(reason::IO, text),
         other => CommandError::generic(other.code(), text),
     }

@@ -1,0 +1,135 @@
+//! Page cache that a difference store may take: what was written long ago goes to its medium and out of
+//! the cache, so that a terabyte of first touches does not drive out everything else of the host.
+//!
+//! Invariant: what is told to [`Behind::note`] is written. A range may since have been given back or be
+//! another's: writing it back early, or forgetting clean pages of it, changes nothing that anyone reads.
+//! Absent: durability. A flush makes durable; this only bounds memory.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cbt::ByteRange;
+
+use crate::storage::Storage;
+
+/// Bytes that stay in the cache: a snapshot that is gone before has cost no transfer to the medium.
+const KEPT: u64 = 512 << 20;
+
+/// Bytes on their way to the medium at a time, ahead of those that are waited for.
+const UNDER_WAY: u64 = 64 << 20;
+
+/// Bytes that one step waits for.
+const STEP: u64 = 8 << 20;
+
+/// Bytes that are written back at a time beside guests.
+const LITTLE: u64 = 1 << 20;
+
+/// Ranges, oldest first, and how many bytes they have.
+#[derive(Debug, Default)]
+struct Queue {
+    runs: VecDeque<ByteRange>,
+    bytes: u64,
+}
+
+/// What was written to one file and is still in the cache.
+#[derive(Debug, Default)]
+pub(crate) struct Behind {
+    written: Mutex<Queue>,
+    /// On its way to the medium.
+    begun: Mutex<Queue>,
+    /// On the medium.
+    clean: Mutex<Queue>,
+}
+
+impl Behind {
+    /// Notes that `range` was written.
+    pub(crate) fn note(&self, range: ByteRange) {
+        lock(&self.written).push(range);
+    }
+
+    /// Does a bounded part of what is due, and may wait for the medium; whether there is more.
+    ///
+    /// # Errors
+    /// Those of the medium: what was written is lost, and no later flush will say so.
+    pub(crate) fn step<S: Storage>(&self, io: &S, file: &S::File) -> io::Result<bool> {
+        let kept = KEPT.saturating_sub(lock(&self.written).bytes);
+        let clean = lock(&self.clean).pop_above(kept, STEP);
+        if let Some(run) = clean {
+            io.drop_behind(file, run)?;
+            return Ok(true);
+        }
+        while lock(&self.begun).bytes < UNDER_WAY
+            && let Some(run) = lock(&self.written).pop_above(KEPT, STEP)
+        {
+            io.write_behind(file, run)?;
+            lock(&self.begun).push(run);
+        }
+        let due = lock(&self.begun).pop_above(0, STEP);
+        if let Some(run) = due {
+            io.drop_behind(file, run)?;
+        }
+        Ok(due.is_some())
+    }
+
+    /// Writes a little back that is not due yet, and waits for that; whether there was something. A flush that
+    /// comes when there is nothing more has little left to do at once, which guests would feel.
+    ///
+    /// # Errors
+    /// As of [`Behind::step`].
+    pub(crate) fn ease<S: Storage>(&self, io: &S, file: &S::File) -> io::Result<bool> {
+        let oldest = lock(&self.written).pop_above(0, LITTLE);
+        if let Some(run) = oldest {
+            io.write_out(file, run)?;
+            lock(&self.clean).push(run);
+        }
+        Ok(oldest.is_some())
+    }
+}
+
+impl Queue {
+    fn push(&mut self, range: ByteRange) {
+        self.bytes += range.len();
+        match self.runs.back_mut() {
+            Some(last) if last.end() == range.start() => *last = ByteRange::new(last.start(), range.end()),
+            _ => self.runs.push_back(range),
+        }
+    }
+
+    /// Takes the oldest bytes, at most `most`, if there are more than `kept`.
+    fn pop_above(&mut self, kept: u64, most: u64) -> Option<ByteRange> {
+        if self.bytes <= kept {
+            return None;
+        }
+        let first = self.runs.pop_front()?;
+        let taken = ByteRange::new(first.start(), first.end().min(first.start() + most));
+        if taken.end() < first.end() {
+            self.runs.push_front(ByteRange::new(taken.end(), first.end()));
+        }
+        self.bytes -= taken.len();
+        Some(taken)
+    }
+}
+
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_goes_first_and_what_is_kept_stays() {
+        let mut queue = Queue::default();
+        queue.push(ByteRange::new(0, STEP));
+        queue.push(ByteRange::new(STEP, 2 * STEP + 4096));
+        queue.push(ByteRange::new(100 * STEP, 101 * STEP));
+        assert_eq!(queue.runs.len(), 2, "neighbours are one run");
+        assert_eq!(queue.pop_above(0, STEP), Some(ByteRange::new(0, STEP)));
+        assert_eq!(queue.pop_above(STEP, STEP), Some(ByteRange::new(STEP, 2 * STEP)));
+        assert_eq!(queue.pop_above(STEP, STEP), Some(ByteRange::new(2 * STEP, 2 * STEP + 4096)));
+        assert_eq!(queue.pop_above(STEP, STEP), None);
+        assert_eq!(queue.bytes, STEP);
+    }
+}
