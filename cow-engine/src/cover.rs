@@ -1,7 +1,9 @@
 //! A disk's side of its intent log: who waits for it, and what becomes of it when it fails.
 //!
 //! Invariant: if the log or the map cannot be written, the superblock says so before any change goes on without
-//! them; what was marked until then is not believed after a stop of the host.
+//! them; what was marked until then is not believed after a stop of the host. The same if the image cannot be
+//! flushed, before that is answered: a later instant may hold what only the host's memory has, in a region
+//! that is cold by then; once the host stops, the disk has changed without a mark.
 //! Absent: the log ([`crate::intent`]).
 
 use std::sync::PoisonError;
@@ -28,24 +30,35 @@ impl<S: Storage> Disk<S> {
         if let Some(intent) = &self.intent
             && let Err(error) = intent.cover(io, range).await
         {
-            self.give_up_log(io, intent, &error).await;
+            self.give_up_log(io, intent, &with_sources(&error)).await;
+        }
+    }
+
+    /// Lets every later flush of the image fail, and the history end when the host stops.
+    ///
+    /// The notes in the mapped control page come first and cannot fail: if the process ends now, the next one
+    /// says the same before it takes an instant.
+    pub(crate) async fn poison(&self, io: &S, reason: &str) {
+        self.control.note_flush_failed(true);
+        self.poisoned.store(true, SeqCst);
+        log::error!("{}: no flush can be trusted any more: {reason}", self.name);
+        if let Some(intent) = &self.intent {
+            self.give_up_log(io, intent, reason).await;
         }
     }
 
     /// Goes on without the intent log, once it is known that it is not to be believed.
-    pub(crate) async fn give_up_log(&self, io: &S, intent: &Intent<S>, error: &Error) {
+    pub(crate) async fn give_up_log(&self, io: &S, intent: &Intent<S>, why: &str) {
         // First, and without fail: a restart in this boot believes it neither.
         self.control.note_log_in_doubt(&self.boot(), true);
         let noted = self.write_superblock(io, |superblock| superblock.state = DiskState::Unlogged).await;
         if intent.give_up() {
             return;
         }
-        let why = with_sources(error);
         match noted {
-            Ok(()) => log::warn!(
-                "{}: if the host stops now, the next backup must be a full one: the intent log failed: {why}",
-                self.name
-            ),
+            Ok(()) => {
+                log::warn!("{}: if the host stops now, the next backup must be a full one: {why}", self.name)
+            }
             Err(also) => {
                 self.tracking_at_risk.store(true, SeqCst);
                 log::error!(
@@ -69,7 +82,7 @@ impl<S: Storage> Disk<S> {
         let Some(intent) = &self.intent else { return };
         // The mapping of now: whoever marked in a region that was hot until now has marked in no later one.
         if let Err(error) = intent.cool(io, async || self.sync_map(io, &self.map_cells()).await).await {
-            self.give_up_log(io, intent, &error).await;
+            self.give_up_log(io, intent, &with_sources(&error)).await;
         }
     }
 
@@ -80,7 +93,7 @@ impl<S: Storage> Disk<S> {
             // Marks that could not be written back may be lost though a later flush succeeds.
             self.control.note_map_in_doubt(&self.boot());
             if let Some(intent) = &self.intent {
-                self.give_up_log(io, intent, error).await;
+                self.give_up_log(io, intent, &with_sources(error)).await;
             }
         }
         synced

@@ -270,19 +270,12 @@ impl<S: Storage> Disk<S> {
 
     pub(crate) async fn flush_image(&self, io: &S) -> Result<(), Error> {
         self.check_poisoned()?;
-        io.sync(&self.image).await.map_err(|source| {
-            self.poison(&format!("flushing the image failed: {source}"));
-            Error::Io { what: "flushing the image", source }
-        })?;
+        if let Err(source) = io.sync(&self.image).await {
+            Box::pin(self.poison(io, &format!("flushing the image failed: {source}"))).await;
+            return Err(Error::Io { what: "flushing the image", source });
+        }
         // The kernel tells a failure once: of two flushes at the same time the other one succeeds.
         self.check_poisoned()
-    }
-
-    /// Lets every later flush fail.
-    pub(crate) fn poison(&self, reason: &str) {
-        self.control.note_flush_failed(true);
-        self.poisoned.store(true, SeqCst);
-        log::error!("{}: no flush can be trusted any more: {reason}", self.name);
     }
 
     pub(crate) fn check_poisoned(&self) -> Result<(), Error> {

@@ -11,7 +11,7 @@
 //! | clean, but a flush of the map had failed; another boot | any | new generation | dropped |
 //! | serving, same boot | same file and size | as it is (marks were made in the page cache) | kept |
 //! | serving, another boot | same file and size | what was hot counts as changed | dropped |
-//! | serving, another boot, without an intent log | any | new generation | dropped |
+//! | serving, another boot, without an intent log, or a flush of the image had failed | any | new generation | dropped |
 //! | resetting | any | new generation | by the rows above |
 //! | handed over | any | new generation | dropped |
 //! | no valid superblock | any | new generation | dropped |
@@ -342,8 +342,9 @@ impl<S: Storage> Disk<S> {
             intent = Some(new_intent(io, &options, &names, &next.disk, capacity).await?);
             control.note_log_in_doubt(&options.boot, false);
         }
-        if control.map_in_doubt(&options.boot) {
+        if flush_failed || control.map_in_doubt(&options.boot) {
             // What a flush could not write is not written by a later one: a stop of the host ends the history.
+            // So it is with what a flush of the image could not write, if an instant holds it.
             next.state = DiskState::Unlogged;
             if let Some(intent) = &intent {
                 intent.give_up();

@@ -160,7 +160,7 @@ impl<S: Storage> Disk<S> {
         let Some(intent) = &self.intent else { return Ok(()) };
         match intent.grow(io, size).await {
             Err(error @ Error::LogTooLong { .. }) => {
-                self.give_up_log(io, intent, &error).await;
+                self.give_up_log(io, intent, &with_sources(&error)).await;
                 Ok(())
             }
             result => result,

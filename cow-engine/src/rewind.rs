@@ -447,7 +447,7 @@ impl<S: Storage> Disk<S> {
             return Err(Error::Poisoned);
         }
         if let Err(error) = rewind.done.save(io, &captured).await {
-            self.poison(&with_sources(&error));
+            self.poison(io, &with_sources(&error)).await;
             return Err(error);
         }
         self.check_poisoned()

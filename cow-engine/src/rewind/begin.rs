@@ -164,11 +164,12 @@ impl<S: Storage> Disk<S> {
             }
             Err(second) => {
                 self.control.note_rewind_void(true);
-                self.poison(&format!(
+                let why = format!(
                     "after a stop of the host the disk may be snapshot '{}': a rewind could not be undone: {}",
                     rewind.snapshot(),
                     with_sources(&second)
-                ));
+                );
+                self.poison(io, &why).await;
             }
         }
         Err(error)
