@@ -485,8 +485,11 @@ pub(crate) async fn read_superblock<S: Storage>(io: &S, dir: &S::Dir) -> Result<
     let len = io.len(&file).map_err(fail())?;
     let mut pages = [[0; PAGE]; 2];
     for (page, at) in pages.iter_mut().zip([0, PAGE as u64]) {
-        if at + PAGE as u64 <= len {
-            io.read(&file, at, Target::of(page)).await.map_err(fail())?;
+        // Of one that is cut off what is there: it may be whole again once the file is longer, and then be
+        // newer than what was written meanwhile.
+        let there = usize::try_from(len.saturating_sub(at)).unwrap_or(PAGE).min(PAGE);
+        if there > 0 {
+            io.read(&file, at, Target::of(&mut page[..there])).await.map_err(fail())?;
         }
     }
     Ok((file, Copies::of(&pages)))

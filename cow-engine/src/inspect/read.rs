@@ -310,8 +310,10 @@ impl State {
 fn superblock_pages(files: &impl Files, len: u64) -> io::Result<[[u8; PAGE]; 2]> {
     let mut pages = [[0; PAGE]; 2];
     for (page, at) in pages.iter_mut().zip([0, PAGE as u64]) {
-        if at + PAGE as u64 <= len {
-            files.read(SUPERBLOCK_FILE, at, page)?;
+        // Of one that is cut off what is there, as opening does.
+        let there = usize::try_from(len.saturating_sub(at)).unwrap_or(PAGE).min(PAGE);
+        if there > 0 {
+            files.read(SUPERBLOCK_FILE, at, &mut page[..there])?;
         }
     }
     Ok(pages)

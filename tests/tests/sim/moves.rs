@@ -158,8 +158,15 @@ impl Rig<'_> {
         self.sim.run(import, limit)
     }
 
-    fn crash(&mut self) {
-        if self.random.one_in(2) { self.sim.power_cut() } else { self.sim.kill() }
+    /// Whether it was a power cut.
+    fn crash(&mut self) -> bool {
+        let power = self.random.one_in(2);
+        if power {
+            self.sim.power_cut()
+        } else {
+            self.sim.kill()
+        }
+        power
     }
 
     fn cut_off(&mut self, usual: u64) -> u64 {
@@ -203,7 +210,9 @@ pub(crate) fn run(seed: u64, place: &dyn Fn(&str)) {
     } else {
         rig.close(from, &disk);
         drop(disk);
-        export_whatever_happens(&mut rig, from, files, old_id);
+        if !export_whatever_happens(&mut rig, from, files, old_id) {
+            return;
+        }
     }
 
     // The image is copied, the history taken in; over something that is there, or not.
@@ -272,18 +281,27 @@ fn hand_over_online(rig: &mut Rig<'_>, from: Home, files: SimDir, disk: &SimDisk
     }
 }
 
-/// Exports until there is a file, however often it is cut off. Sometimes the disk is opened in between.
-fn export_whatever_happens(rig: &mut Rig<'_>, from: Home, files: SimDir, old_id: ChangeId) {
+/// Exports until there is a file, however often it is cut off; whether there is one. Sometimes the disk is opened
+/// in between.
+fn export_whatever_happens(rig: &mut Rig<'_>, from: Home, files: SimDir, old_id: ChangeId) -> bool {
+    let mut torn = false;
     loop {
         let limit = rig.cut_off(60);
         match rig.export(from, files, limit) {
-            Some(Ok(_)) => return,
+            Some(Ok(_)) => return true,
+            // A power cut tore the superblock that was being written.
+            Some(Err(Error::NotMovable { why })) if torn && why.contains("superblock is damaged") => {
+                let (disk, report) = rig.open(from);
+                assert_eq!(report.reset, Some(ResetReason::Damaged));
+                assert_ne!(disk.change_id().generation, old_id.generation);
+                return false;
+            }
             Some(Err(Error::Io { source, .. })) if source.kind() == std::io::ErrorKind::AlreadyExists => {
                 // Of an export that was cut off.
                 match rig.import(from, files, false, u64::MAX) {
                     Some(Err(Error::BadHistory { .. })) => {}
                     // It was finished, and nobody was told: the source does not go on.
-                    Some(Err(Error::HistoryExists)) => return,
+                    Some(Err(Error::HistoryExists)) => return true,
                     other => panic!("what an export leaves: {other:?}"),
                 }
                 cow_engine::Storage::remove(&rig.io, &files, FILE).expect("no faults");
@@ -291,7 +309,7 @@ fn export_whatever_happens(rig: &mut Rig<'_>, from: Home, files: SimDir, old_id:
                 cancel_sometimes(rig, from, old_id);
             }
             Some(Err(error)) => panic!("export: {error:?}"),
-            None => rig.crash(),
+            None => torn |= rig.crash(),
         }
     }
 }
@@ -336,7 +354,9 @@ fn import_whatever_happens(
             }
             Some(Err(Error::HistoryExists)) if !replace => replace = true,
             Some(Err(error)) => panic!("import: {error:?}"),
-            None => rig.crash(),
+            None => {
+                rig.crash();
+            }
         }
         if rig.random.one_in(3) {
             // Opened as it is: whole, or begun anew.

@@ -294,13 +294,17 @@ async fn change(
         return;
     }
     shared.note_failed_syncs();
+    // The bits of what a rewind has brought back may have no space either, after the bytes are written.
+    let unsaved = fua && disk.rewind().is_some();
     match answer {
-        Err(error) if shared.writes_may_fail() && error.is_out_of_space() => {
+        Err(error) if shared.writes_may_fail() && error.is_out_of_space() && !unsaved => {
             judge(shared.oracle.borrow_mut().refused(at, number));
         }
         answer => {
             shared.oracle.borrow_mut().answer(at, number, answer.is_ok(), fua);
-            if let Err(error) = answer {
+            if let Err(error) = answer
+                && !(unsaved && error.is_out_of_space())
+            {
                 shared.allow("changing", &error);
             }
         }
