@@ -321,7 +321,7 @@ impl<S: Storage> Disk<S> {
         control.note_rewind_void(void);
         if verdict.reset.is_some() {
             if let Some(tracker) = tracker.as_ref().filter(|_| !is_new_map) {
-                clear_map(io, &map_file, tracker)?;
+                clear_map(io, &map_file, tracker, control.map_in_doubt(&options.boot))?;
             }
             next.sequence += 1;
             next.state = DiskState::Serving;
@@ -748,9 +748,15 @@ fn replace_map<S: Storage>(io: &S, dir: &S::Dir, existed: bool, cells: usize) ->
 }
 
 /// Clears a map; pages in which nothing was ever marked are not touched.
-fn clear_map<S: Storage>(io: &S, map: &S::File, tracker: &Tracker<S::Cells>) -> Result<(), Error> {
-    // What was stored and not written yet may pass for a hole. Then nothing does, if that fails.
-    let all = io.sync_cells(tracker.cells()).is_err();
+fn clear_map<S: Storage>(
+    io: &S,
+    map: &S::File,
+    tracker: &Tracker<S::Cells>,
+    in_doubt: bool,
+) -> Result<(), Error> {
+    // What was stored and not written yet may pass for a hole. Then nothing does, if that fails, or once did:
+    // what a flush could not write none does later.
+    let all = io.sync_cells(tracker.cells()).is_err() || in_doubt;
     for pages in walk::strides(tracker.page_count()) {
         let touched = if all {
             vec![pages]

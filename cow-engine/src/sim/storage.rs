@@ -296,13 +296,13 @@ impl Storage for SimStorage {
         let (number, name) = path.trim_start_matches('/').split_once('/').ok_or_else(bad)?;
         let dir = SimDir(number.parse().map_err(|_| bad())?);
         let file = match self.open(&dir, name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && make => {
-                let made = self.create(&dir, name)?;
-                self.sync_dir(&dir)?;
-                made
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && make => self.create(&dir, name)?,
             opened => opened?,
         };
+        if make {
+            // Also one that is there: whoever made it may have ended before this.
+            self.sync_dir(&dir)?;
+        }
         Ok(OpenedArea { file, kind: AreaKind::File, len: self.len(&file)?, identity: (0, file.id) })
     }
 

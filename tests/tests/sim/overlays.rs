@@ -111,7 +111,8 @@ pub(crate) async fn user(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Ra
                 Err(
                     Error::NoSuchOverlay { .. }
                     | Error::NoSuchSnapshot { .. }
-                    | Error::SnapshotDeleted { .. },
+                    | Error::SnapshotDeleted { .. }
+                    | Error::ContentReleased { .. },
                 ) if gone => {}
                 Err(error) => shared.allow("using an overlay", &error),
             }
