@@ -34,6 +34,7 @@ use cbt::{BlockGrid, Cells, Epoch, Generation};
 
 use crate::append::Appender;
 use crate::areas::{self, AreaSpec, List};
+use crate::away::{self, Meanwhile};
 use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
@@ -78,6 +79,8 @@ pub struct DiskOptions<S: Storage> {
     pub store: StorePlan,
     /// Bytes of a region of the intent log, a power of two; by the disk's size if not said.
     pub region_bytes: Option<u64>,
+    /// What the host says of the image, and of the time in which nobody served it.
+    pub meanwhile: Meanwhile,
 }
 
 /// Where the old content of a disk goes, and how much of it.
@@ -118,6 +121,8 @@ pub enum ResetReason {
     EpochsExhausted,
     /// The history was exported, and goes on elsewhere.
     HandedOver,
+    /// The operator says that the image was changed.
+    AssumedChanged,
 }
 
 impl ResetReason {
@@ -132,6 +137,7 @@ impl ResetReason {
             Self::Interrupted => "interrupted",
             Self::EpochsExhausted => "epochs-exhausted",
             Self::HandedOver => "handed-over",
+            Self::AssumedChanged => "assumed-changed",
         }
     }
 }
@@ -147,6 +153,7 @@ impl fmt::Display for ResetReason {
             Self::Interrupted => "an earlier reset was interrupted",
             Self::EpochsExhausted => "the numbers of epochs were running out",
             Self::HandedOver => "the history was exported, and goes on elsewhere",
+            Self::AssumedChanged => "the operator says that the image was changed while no daemon served it",
         })
     }
 }
@@ -213,6 +220,17 @@ impl<S: Storage> Disk<S> {
             _ => None,
         };
         let mut verdict = judge(found.as_ref(), existed, old_intent.is_some(), &options);
+        if let Some(found) = found.as_ref().filter(|_| verdict.keep_snapshots || verdict.presume) {
+            let map = old_map.as_ref().map(|(map, len)| (map, *len));
+            let doubt = away::look(io, &options, &names, found, old_words.as_ref(), map).await?;
+            if let Some(doubt) = doubt {
+                log::warn!("{}: {}", options.name, doubt.what);
+                if std::env::var("DBG").is_ok() {
+                    eprintln!("DOUBT {doubt:?}");
+                }
+                verdict = Verdict { reset: Some(doubt.reason), keep_snapshots: false, presume: false };
+            }
+        }
         if one_damaged {
             verdict.reset.get_or_insert(ResetReason::Damaged);
             verdict.keep_snapshots = false;
@@ -350,7 +368,14 @@ impl<S: Storage> Disk<S> {
                 intent.give_up();
             }
         }
+        // Before the superblock says that the disk is served, and after the old generation ended: until then the
+        // next opening must see what this one saw.
+        control.arm();
+        control.give_sign(&options.boot, options.meanwhile.now_ns, options.identity.mtime_ns);
+        control.settle(None);
         write_superblock(io, &file, &next).await?;
+        // Only now: of a disk that is served it says nothing.
+        away::sample::remove(io, &options.dir)?;
         overlays.begin(io).await?;
         if rewind.is_none() {
             // Only now: the superblock names none.
@@ -408,6 +433,7 @@ impl<S: Storage> Disk<S> {
             superblock_writer: Claims::default(),
             superblock_file: file,
             events: options.events,
+            meanwhile: options.meanwhile,
             poisoned: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
             tracking_at_risk: AtomicBool::new(false),
@@ -450,6 +476,7 @@ impl<S: Storage> Disk<S> {
         {
             log::debug!("{}: regions stay hot: {}", self.name, with_sources(&error));
         }
+        self.write_sample(io).await?;
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
         let identity = identity().map_err(Error::io("asking for the image's identity"))?;
         self.write_superblock(io, |superblock| {

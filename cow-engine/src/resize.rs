@@ -170,6 +170,8 @@ impl<S: Storage> Disk<S> {
     /// Makes the image and the map's file as long as the new size needs; the tracker for it.
     async fn lengthen(&self, io: &S, image_len: u64, size: u64) -> Result<Option<Tracker<S::Cells>>, Error> {
         if image_len < size {
+            let _pass = self.gate.enter(self.lane()).await;
+            self.control.stir();
             io.set_len(&self.image, size).map_err(Error::io("making the image longer"))?;
         }
         let Some(tracker) = self.tracker.as_ref().map(ArcSwap::load_full) else { return Ok(None) };
@@ -186,6 +188,8 @@ impl<S: Storage> Disk<S> {
         let taken_back = async {
             let fail = || Error::io("taking back a resize");
             if io.len(&self.image).map_err(fail())? != image_len {
+                let _pass = self.gate.enter(self.lane()).await;
+                self.control.stir();
                 io.set_len(&self.image, image_len).map_err(fail())?;
             }
             let grid = self.block_grid();
