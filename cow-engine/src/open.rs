@@ -225,9 +225,6 @@ impl<S: Storage> Disk<S> {
             let doubt = away::look(io, &options, &names, found, old_words.as_ref(), map).await?;
             if let Some(doubt) = doubt {
                 log::warn!("{}: {}", options.name, doubt.what);
-                if std::env::var("DBG").is_ok() {
-                    eprintln!("DOUBT {doubt:?}");
-                }
                 verdict = Verdict { reset: Some(doubt.reason), keep_snapshots: false, presume: false };
             }
         }

@@ -22,7 +22,7 @@ use crate::memory::{Source, Target};
 use crate::open::bytes_of;
 use crate::sample::{self as places, Place};
 use crate::storage::{Durability, Storage};
-use crate::tracker::CONTROL_PAGES;
+use crate::tracker::{CONTROL_PAGES, LOG_DOUBT, MAP_DOUBT};
 use crate::walk;
 
 /// The file's name.
@@ -180,7 +180,7 @@ impl MapSum {
         if nth == 0 {
             let mut words = *page;
             for (at, word) in words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                if note::is_of_a_note(at) {
+                if is_passing(at) {
                     *word = [0; 4];
                 }
             }
@@ -195,6 +195,11 @@ impl MapSum {
             self.crc = crc32c::crc32c_append(self.crc, page);
         }
     }
+}
+
+/// Whether a control word says nothing of a disk that is closed: of one boot, and noted without a flush.
+fn is_passing(word: usize) -> bool {
+    [LOG_DOUBT, MAP_DOUBT].contains(&word) || note::is_of_a_note(word)
 }
 
 /// Sums up the first `len` bytes of the map in `file`, through a mapping.

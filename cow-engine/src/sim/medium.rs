@@ -373,7 +373,8 @@ impl File {
         change(&mut bytes);
         if let Some(mapped) = &mut self.mapped {
             for (at, byte) in (at..).zip(bytes) {
-                let Ok(cell) = usize::try_from(at / 4) else { return };
+                let cell = usize::try_from(at / 4).ok().filter(|&cell| cell < mapped.synced.len());
+                let Some(cell) = cell else { return };
                 let mut word = mapped.cells[cell].load(SeqCst).to_le_bytes();
                 word[usize::try_from(at % 4).unwrap_or(0)] = byte;
                 mapped.cells[cell].store(u32::from_le_bytes(word), SeqCst);
