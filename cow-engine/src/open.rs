@@ -224,7 +224,7 @@ impl<S: Storage> Disk<S> {
             let map = old_map.as_ref().map(|(map, len)| (map, *len));
             let doubt = away::look(io, &options, &names, found, old_words.as_ref(), map).await?;
             if let Some(doubt) = doubt {
-                log::warn!("{}: {}", options.name, doubt.what);
+                log::warn!("{}: {} ({})", options.name, doubt.what, doubt.code);
                 verdict = Verdict { reset: Some(doubt.reason), keep_snapshots: false, presume: false };
             }
         }

@@ -121,7 +121,12 @@ impl<S: Storage> Disk<S> {
         }
         self.grow_log(io, size).await?;
         self.write_superblock(io, |superblock| superblock.growing_to = Some(size)).await?;
-        let tracker = match self.lengthen(io, image_len, size).await {
+        // The image's time of change is of our doing from here on, also if somebody else made the image longer.
+        let pass = self.gate.enter(self.lane()).await;
+        self.control.stir();
+        let lengthened = self.lengthen(io, image_len, size).await;
+        drop(pass);
+        let tracker = match lengthened {
             Ok(tracker) => tracker,
             Err(error) => {
                 self.give_up(io, image_len).await;
@@ -170,8 +175,6 @@ impl<S: Storage> Disk<S> {
     /// Makes the image and the map's file as long as the new size needs; the tracker for it.
     async fn lengthen(&self, io: &S, image_len: u64, size: u64) -> Result<Option<Tracker<S::Cells>>, Error> {
         if image_len < size {
-            let _pass = self.gate.enter(self.lane()).await;
-            self.control.stir();
             io.set_len(&self.image, size).map_err(Error::io("making the image longer"))?;
         }
         let Some(tracker) = self.tracker.as_ref().map(ArcSwap::load_full) else { return Ok(None) };
