@@ -338,14 +338,13 @@ fn places(name: &str, len: usize) -> Vec<usize> {
         "sample" => vec![0..128, 4092..4096],
         "map" => vec![0..168, 256..280],
         "rewind" => vec![0..208, 4096..4128],
-        AREA => vec![0..60],
+        // What is behind it is slots.
+        AREA => return (0..60).collect(),
         _ if name.ends_with(".index") => vec![0..136, 260..300, 772..776, 4096..4160],
         _ if name.ends_with(".checkpoint") => vec![0..128, 248..316, 4096..4144],
         _ => vec![0..96, 1244..1248],
     };
-    // What is behind the head of an area is slots.
-    let rest = if name == AREA { 0 } else { len };
-    let mut all: BTreeSet<usize> = (0..rest).step_by(SAMPLED).collect();
+    let mut all: BTreeSet<usize> = (0..len).step_by(SAMPLED).collect();
     all.extend(heads.into_iter().flatten().filter(|&at| at < len));
     all.into_iter().collect()
 }

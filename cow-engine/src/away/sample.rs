@@ -297,3 +297,84 @@ impl<S: Storage> Disk<S> {
         io.sync(&file).await.map_err(fail())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Sample {
+        Sample {
+            disk: [1; 16],
+            generation: [2; 16],
+            seed: [3; 16],
+            capacity: 64 << 20,
+            medium: 4,
+            map: MapSum { len: 8192, crc: 5 },
+            checksums: (0..128).map(|nth| (nth % 5 != 0).then_some(nth)).collect(),
+        }
+    }
+
+    #[test]
+    fn a_sample_survives_its_page_and_a_flipped_bit_is_noticed() {
+        let page = sample().to_page();
+        assert_eq!(Sample::from_page(&page), Some(sample()));
+        for at in 0..PAGE {
+            let mut damaged = page.clone();
+            damaged[at] ^= 1 << (at % 8);
+            assert_eq!(Sample::from_page(&damaged), None, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_not_compared() {
+        let places: Vec<_> = sample().places().collect();
+        assert_eq!(places.len(), 102);
+        assert!(places.iter().all(|(place, sum)| sum % 5 != 0 && place.len == 4096));
+    }
+
+    #[test]
+    fn a_map_is_summed_up_without_what_is_zero_or_passing() {
+        let (mut control, mut page) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+        let sum = |pages: &[(u64, &[u8; PAGE_BYTES])]| {
+            let mut sum = MapSum::new(3 * PAGE_BYTES as u64);
+            pages.iter().for_each(|(nth, page)| sum.add(*nth, page));
+            sum
+        };
+        let none = sum(&[]);
+        assert_eq!(sum(&[(0, &control), (1, &page)]), none);
+        control[4 * note::SLOTS[1]] = 1;
+        control[4 * LOG_DOUBT] = 1;
+        assert_eq!(sum(&[(0, &control)]), none);
+        control[0] = 1;
+        assert_ne!(sum(&[(0, &control)]), none);
+        page[9] = 1;
+        assert_ne!(sum(&[(1, &page)]), sum(&[(2, &page)]), "another place");
+    }
+
+    #[test]
+    fn the_written_format_is_the_code() {
+        macro_rules! places {
+            ($($field:ident),*) => {
+                vec![$((std::mem::offset_of!(RawSample, $field), stringify!($field).to_owned())),*]
+            };
+        }
+        let code = places!(
+            magic,
+            version,
+            count,
+            disk,
+            generation,
+            seed,
+            capacity,
+            medium,
+            map_len,
+            map_checksum,
+            reserved,
+            unread,
+            checksums,
+            padding,
+            checksum
+        );
+        crate::checkpoint::compare_format("Sample page", &code, size_of::<RawSample>());
+    }
+}
