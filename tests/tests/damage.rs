@@ -3,8 +3,8 @@
 //! Then either it is said (the disk is refused, a new generation begins, a snapshot is broken or dropped), or nothing
 //! is wrong: every view and overlay that can be read reads as it did, and every change is told. All bytes of
 //! heads are tried, and a sample of the rest.
-//! Absent: slots of old content, and the content and the cells of overlays, which have no checksums; the map of a disk
-//! that was not closed. FORMAT.md says so.
+//! Absent: slots of old content, the content and the cells of overlays, and what of a rewind is back, which have no
+//! checksums; the map of a disk that was not closed, but for its sign of life. FORMAT.md says so.
 //!
 //! `$EBBTIDE` names another program to make the states; otherwise it is built.
 
@@ -50,6 +50,7 @@ enum End {
 
 /// What was left, and where it is put to be damaged and opened.
 struct Rest {
+    end: End,
     executor: Executor,
     folder: TempDir,
     /// The daemon's own, which the list of areas tells of.
@@ -132,6 +133,7 @@ impl Rest {
         std::fs::copy(scene.daemon.image("vda"), folder.path().join("image"))?;
         let file = std::fs::read_dir(&area)?.next().context("an area")??.path();
         let mut rest = Self {
+            end,
             executor: Executor::new(16)?,
             area_bytes: std::fs::read(&file)?,
             area: file,
@@ -144,13 +146,13 @@ impl Rest {
             _scene: scene,
         };
         rest.files.remove("lock");
-        rest.prepare(end)?;
+        rest.prepare()?;
         Ok(rest)
     }
 
     /// What no daemon leaves by itself at a time that can be hit.
-    fn prepare(&mut self, end: End) -> Result<()> {
-        match end {
+    fn prepare(&mut self) -> Result<()> {
+        match self.end {
             End::Killed => {}
             End::HostStopped => {
                 self.boot = [9; 16];
@@ -161,6 +163,7 @@ impl Rest {
                 let io = self.executor.storage();
                 let (disk, _) = self.open()?;
                 let identity = self.identity;
+                let end = self.end;
                 self.executor.block_on(async {
                     if end == End::Rewinding {
                         disk.revert(&mut Admin::new(), &io, "s0", DEADLINE).await.map(drop)
@@ -302,12 +305,22 @@ impl Rest {
                 continue;
             }
             let (mut tried, mut noticed) = (0, 0);
-            for at in places(&name, content.len()) {
+            let places = match name.as_str() {
+                // Of one that was not closed only the sign of life has checksums.
+                "map" if self.end != End::Stopped => (64..152).collect(),
+                // The path, byte by byte, once.
+                "superblock" if self.end != End::Stopped => {
+                    let is_path = |at: &usize| (144..1168).contains(&(at % 4096)) && at % 17 != 0;
+                    places(&name, content.len()).into_iter().filter(|at| !is_path(at)).collect()
+                }
+                _ => places(&name, content.len()),
+            };
+            for at in places {
                 tried += 1;
                 let told = self.damaged(&name, at, &truth, &since);
                 let told = told.with_context(|| format!("byte {at} of {name}"))?;
                 noticed += usize::from(told);
-                let must = name == "sample" || name == "map" && !is_passing(at);
+                let must = name == "sample" || name == "map" && self.end == End::Stopped && !is_passing(at);
                 ensure!(told || !must, "byte {at} of {name} went unnoticed");
             }
             counted.insert(name, (tried, noticed));
@@ -402,7 +415,7 @@ fn of_a_disk_that_was_stopped() -> Result<()> {
 
 #[test]
 fn of_a_disk_whose_daemon_was_killed() -> Result<()> {
-    run(End::Killed, &["map"], 8)
+    run(End::Killed, &[], 9)
 }
 
 #[test]
@@ -412,7 +425,7 @@ fn of_a_disk_whose_host_stopped() -> Result<()> {
 
 #[test]
 fn of_a_disk_that_is_on_its_way_back() -> Result<()> {
-    run(End::Rewinding, &["map", "rewind-synced"], 9)
+    run(End::Rewinding, &["rewind-synced"], 10)
 }
 
 #[test]

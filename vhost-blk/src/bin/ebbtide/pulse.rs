@@ -62,7 +62,7 @@ fn beat(disks: &[Served]) {
     for served in disks {
         let disk = &served.disk;
         if let Err(error) = disk.beat(now_ns(), || disk.image().identity()) {
-            log::warn!("{}: cannot ask about the image: {error}", served.spec.name);
+            log::debug!("{}: cannot ask about the image: {error}", served.spec.name);
         }
     }
 }
