@@ -371,14 +371,14 @@ impl<S: Storage> Disk<S> {
         control.give_sign(&options.boot, options.meanwhile.now_ns, options.identity.mtime_ns);
         control.settle(None);
         write_superblock(io, &file, &next).await?;
-        // Only now: of a disk that is served it says nothing.
-        away::sample::remove(io, &options.dir)?;
         overlays.begin(io).await?;
         if rewind.is_none() {
             // Only now: the superblock names none.
             control.note_rewind_void(false);
             rewind::remove_files(io, &options.dir)?;
         }
+        // Only now: of a disk that is served it says nothing.
+        away::sample::remove(io, &options.dir)?;
         io.sync_dir(&options.dir).map_err(fail())?;
         note_broken(&control, &chain, &options.name);
         for snapshot in &chain {
@@ -506,6 +506,9 @@ async fn open_superblock<S: Storage>(
 pub(crate) async fn read_superblock<S: Storage>(io: &S, dir: &S::Dir) -> Result<(S::File, Copies), Error> {
     let fail = || Error::io("opening the superblock");
     let file = io.open(dir, SUPERBLOCK_FILE).map_err(fail())?;
+    // A killed process may have written a copy and not flushed it: the other one stays until it is on the medium, or
+    // a stop of the host could tear both.
+    io.sync(&file).await.map_err(fail())?;
     let len = io.len(&file).map_err(fail())?;
     let mut pages = [[0; PAGE]; 2];
     for (page, at) in pages.iter_mut().zip([0, PAGE as u64]) {
