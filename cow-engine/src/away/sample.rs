@@ -279,8 +279,12 @@ impl<S: Storage> Disk<S> {
             checksums.push(places::checksum(io, &self.image, place).await.ok());
         }
         let map = io.open(&self.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
-        // What a resize that is not finished has added was not flushed.
-        let len = bytes_of(self.map_cells().cells().len());
+        // What a resize that is not finished has added was not flushed. Once a flush has failed, what was stored may
+        // pass for a hole.
+        let len = match self.control.map_in_doubt(&self.boot()) {
+            true => 0,
+            false => bytes_of(self.map_cells().cells().len()),
+        };
         let sample = Sample {
             disk: self.id,
             generation: self.history.generation.to_bytes(),
