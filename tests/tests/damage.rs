@@ -310,7 +310,7 @@ impl Rest {
                 "map" if self.end != End::Stopped => (64..152).collect(),
                 // The path, byte by byte, once.
                 "superblock" if self.end != End::Stopped => {
-                    let is_path = |at: &usize| (144..1168).contains(&(at % 4096)) && at % 17 != 0;
+                    let is_path = |at: &usize| (144..1168).contains(&(at % 4096)) && !at.is_multiple_of(17);
                     places(&name, content.len()).into_iter().filter(|at| !is_path(at)).collect()
                 }
                 _ => places(&name, content.len()),
