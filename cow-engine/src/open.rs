@@ -14,8 +14,10 @@
 //! | serving, another boot, without an intent log, or a flush of the image had failed | any | new generation | dropped |
 //! | resetting | any | new generation | by the rows above |
 //! | handed over | any | new generation | dropped |
+//! | any, but the sample, the sign of life or the operator tells of a change, or is damaged | any | new generation | dropped |
 //! | no valid superblock | any | new generation | dropped |
 //!
+//! What the sample and the sign of life tell, [`crate::away`] knows.
 //! An image that is longer than the disk is as it was left if a resize had begun to make it so: the disk is
 //! opened with its old size, and the resize finished ([`crate::resize`]).
 //! A rewind that was under way goes on in every row: its list of grains, its slots and what of them is back
@@ -367,9 +369,8 @@ impl<S: Storage> Disk<S> {
         }
         // Before the superblock says that the disk is served, and after the old generation ended: until then the
         // next opening must see what this one saw.
-        control.arm();
+        control.stir();
         control.give_sign(&options.boot, options.meanwhile.now_ns, options.identity.mtime_ns);
-        control.settle(None);
         write_superblock(io, &file, &next).await?;
         overlays.begin(io).await?;
         if rewind.is_none() {
