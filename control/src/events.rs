@@ -127,7 +127,7 @@ pub enum Event {
         disk: String,
         /// The generation that begins.
         generation: String,
-        /// A stable code such as `host-crash`.
+        /// A stable code, as of `query-disks`, such as `host-stopped`.
         reason: String,
         /// One sentence for people.
         desc: String,

@@ -40,6 +40,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, ChangeId, Epoch, PAGE_BYTES};
 
+#[cfg(test)]
+pub(crate) use head::tests::compare as compare_format;
+
 use crate::disk::{Disk, with_sources};
 use crate::error::Error;
 use crate::format::{MAP_FILE, PAGE};

@@ -22,6 +22,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use cbt::{BlockGrid, ByteRange, ChangeId, PAGE_BYTES, PageIndex};
 
 use crate::append::Appender;
+use crate::away::Meanwhile;
 use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
@@ -160,6 +161,8 @@ pub struct Disk<S: Storage> {
     pub(crate) superblock_writer: Claims,
     pub(crate) superblock_file: S::File,
     pub(crate) events: EventSink,
+    /// What was said of the image when the disk was opened.
+    pub(crate) meanwhile: Meanwhile,
     pub(crate) poisoned: AtomicBool,
     /// Nothing is changed any more; see [`crate::handover`].
     pub(crate) handed_over: AtomicBool,
@@ -359,6 +362,8 @@ impl<S: Storage> Disk<S> {
         if range.is_empty() {
             return Ok(());
         }
+        // Counted inside the gate before: a beat that was not seen here sees us there.
+        self.control.stir();
         let epoch = self.history.epoch();
         let tracker = self.tracker.as_ref().map(ArcSwap::load);
         let newest = self.newest.load();

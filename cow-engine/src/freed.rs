@@ -77,7 +77,7 @@ mod tests {
     use crate::index::{Key, Slot};
     use crate::memory::Source;
     use crate::snapshot::Snapshot;
-    use crate::{DiskOptions, Durability};
+    use crate::{DiskOptions, Durability, Meanwhile};
 
     use super::*;
 
@@ -88,6 +88,8 @@ mod tests {
         std::fs::create_dir(folder.join("state")).unwrap();
         let options = ImageOptions { read_only: false, direct: false, logical_block_bytes: 512 };
         let image = HostFile::open_image(&folder.join("image"), options).unwrap();
+        // Boots are ours here.
+        let meanwhile = Meanwhile { boot_began_ns: None, ..image.meanwhile().unwrap() };
         let options = DiskOptions {
             name: "vda".into(),
             identity: image.identity().unwrap(),
@@ -100,6 +102,7 @@ mod tests {
             merge_step: 3,
             store: crate::StorePlan::default(),
             region_bytes: None,
+            meanwhile,
         };
         executor.block_on(Disk::open(&executor.storage(), options)).unwrap().0
     }

@@ -113,13 +113,18 @@ impl Gate {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
             waiting.closer = Some(cx.waker().clone());
             // A counter read as zero stays without a pass: whoever comes now sees the gate closed.
-            if self.inside.iter().all(|lane| lane.0.load(SeqCst) == 0) {
+            if self.is_empty() {
                 waiting.closer = None;
                 Poll::Ready(())
             } else {
                 Poll::Pending
             }
         })
+    }
+
+    /// Whether nobody was inside, lane by lane: who came meanwhile may have been passed over.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.inside.iter().all(|lane| lane.0.load(SeqCst) == 0)
     }
 
     /// Closes the gate, if those inside leave within `limit`. It opens again when the answer is dropped.

@@ -18,6 +18,7 @@ mod rewind;
 
 use std::io;
 
+use crate::away::sample::Found;
 use crate::format::GRAIN;
 use crate::index::Slot;
 use crate::tracker::Identity;
@@ -60,6 +61,10 @@ pub struct Around {
     pub image: Option<Identity>,
     /// The host's boot, if the directory is looked at on its own host.
     pub boot: Option<[u8; 16]>,
+    /// When that began, in nanoseconds since 1970.
+    pub boot_began_ns: Option<i64>,
+    /// What the image is on; see [`crate::Meanwhile`].
+    pub medium: Option<u64>,
 }
 
 /// A state directory as it was found.
@@ -79,6 +84,19 @@ impl Inspection {
     /// The image's path, as the superblock has it; the end of it if it is long.
     pub fn image_path(&self) -> Option<&str> {
         self.state.superblock().map(|superblock| superblock.path.as_str())
+    }
+
+    /// Compares what was sampled of the image when the disk was closed with what `read` finds at a byte of it now.
+    /// What cannot be read is not compared.
+    pub fn compare_image(&mut self, mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>) {
+        let Found::Sample(sample) = &self.state.sample else { return };
+        let mut buffer = [0; GRAIN];
+        for (place, then) in sample.places() {
+            let bytes = &mut buffer[..(place.len as usize).min(GRAIN)];
+            if read(place.at, bytes).is_ok() {
+                self.state.differ.compare(place.at, then, crc32c::crc32c(bytes));
+            }
+        }
     }
 
     /// What is wrong, in the order in which opening meets it.

@@ -9,6 +9,7 @@
 mod append;
 mod area;
 mod areas;
+mod away;
 mod behind;
 mod buffers;
 mod chain;
@@ -36,6 +37,7 @@ mod overflow;
 mod overlay;
 mod picture;
 mod preserve;
+mod pulse;
 mod release;
 mod released;
 mod resize;
@@ -54,6 +56,7 @@ mod walk;
 pub use cbt;
 
 pub use areas::{AreaKind, AreaSpec, OpenedArea};
+pub use away::Meanwhile;
 pub use checkpoint::{Checkpoint, Past, Until};
 pub use disk::{Disk, Event, EventSink};
 pub use error::Error;

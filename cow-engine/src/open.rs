@@ -14,8 +14,10 @@
 //! | serving, another boot, without an intent log, or a flush of the image had failed | any | new generation | dropped |
 //! | resetting | any | new generation | by the rows above |
 //! | handed over | any | new generation | dropped |
+//! | any, but the sample, the sign of life or the operator tells of a change, or is damaged | any | new generation | dropped |
 //! | no valid superblock | any | new generation | dropped |
 //!
+//! What the sample and the sign of life tell, [`crate::away`] knows.
 //! An image that is longer than the disk is as it was left if a resize had begun to make it so: the disk is
 //! opened with its old size, and the resize finished ([`crate::resize`]).
 //! A rewind that was under way goes on in every row: its list of grains, its slots and what of them is back
@@ -34,6 +36,7 @@ use cbt::{BlockGrid, Cells, Epoch, Generation};
 
 use crate::append::Appender;
 use crate::areas::{self, AreaSpec, List};
+use crate::away::{self, Meanwhile};
 use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
@@ -78,6 +81,8 @@ pub struct DiskOptions<S: Storage> {
     pub store: StorePlan,
     /// Bytes of a region of the intent log, a power of two; by the disk's size if not said.
     pub region_bytes: Option<u64>,
+    /// What the host says of the image, and of the time in which nobody served it.
+    pub meanwhile: Meanwhile,
 }
 
 /// Where the old content of a disk goes, and how much of it.
@@ -118,6 +123,8 @@ pub enum ResetReason {
     EpochsExhausted,
     /// The history was exported, and goes on elsewhere.
     HandedOver,
+    /// The operator says that the image was changed.
+    AssumedChanged,
 }
 
 impl ResetReason {
@@ -132,6 +139,7 @@ impl ResetReason {
             Self::Interrupted => "interrupted",
             Self::EpochsExhausted => "epochs-exhausted",
             Self::HandedOver => "handed-over",
+            Self::AssumedChanged => "assumed-changed",
         }
     }
 }
@@ -147,6 +155,7 @@ impl fmt::Display for ResetReason {
             Self::Interrupted => "an earlier reset was interrupted",
             Self::EpochsExhausted => "the numbers of epochs were running out",
             Self::HandedOver => "the history was exported, and goes on elsewhere",
+            Self::AssumedChanged => "the operator says that the image was changed while no daemon served it",
         })
     }
 }
@@ -213,6 +222,14 @@ impl<S: Storage> Disk<S> {
             _ => None,
         };
         let mut verdict = judge(found.as_ref(), existed, old_intent.is_some(), &options);
+        if let Some(found) = found.as_ref().filter(|_| verdict.keep_snapshots || verdict.presume) {
+            let map = old_map.as_ref().map(|(map, len)| (map, *len));
+            let doubt = away::look(io, &options, &names, found, old_words.as_ref(), map).await?;
+            if let Some(doubt) = doubt {
+                log::warn!("{}: {} ({})", options.name, doubt.what, doubt.code);
+                verdict = Verdict { reset: Some(doubt.reason), keep_snapshots: false, presume: false };
+            }
+        }
         if one_damaged {
             verdict.reset.get_or_insert(ResetReason::Damaged);
             verdict.keep_snapshots = false;
@@ -350,6 +367,10 @@ impl<S: Storage> Disk<S> {
                 intent.give_up();
             }
         }
+        // Before the superblock says that the disk is served, and after the old generation ended: until then the
+        // next opening must see what this one saw.
+        control.stir();
+        control.give_sign(&options.boot, options.meanwhile.now_ns, options.identity.mtime_ns);
         write_superblock(io, &file, &next).await?;
         overlays.begin(io).await?;
         if rewind.is_none() {
@@ -357,6 +378,8 @@ impl<S: Storage> Disk<S> {
             control.note_rewind_void(false);
             rewind::remove_files(io, &options.dir)?;
         }
+        // Only now: of a disk that is served it says nothing.
+        away::sample::remove(io, &options.dir)?;
         io.sync_dir(&options.dir).map_err(fail())?;
         note_broken(&control, &chain, &options.name);
         for snapshot in &chain {
@@ -408,6 +431,7 @@ impl<S: Storage> Disk<S> {
             superblock_writer: Claims::default(),
             superblock_file: file,
             events: options.events,
+            meanwhile: options.meanwhile,
             poisoned: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
             tracking_at_risk: AtomicBool::new(false),
@@ -450,6 +474,7 @@ impl<S: Storage> Disk<S> {
         {
             log::debug!("{}: regions stay hot: {}", self.name, with_sources(&error));
         }
+        self.write_sample(io).await?;
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
         let identity = identity().map_err(Error::io("asking for the image's identity"))?;
         self.write_superblock(io, |superblock| {
@@ -482,6 +507,9 @@ async fn open_superblock<S: Storage>(
 pub(crate) async fn read_superblock<S: Storage>(io: &S, dir: &S::Dir) -> Result<(S::File, Copies), Error> {
     let fail = || Error::io("opening the superblock");
     let file = io.open(dir, SUPERBLOCK_FILE).map_err(fail())?;
+    // A killed process may have written a copy and not flushed it: the other one stays until it is on the medium, or
+    // a stop of the host could tear both.
+    io.sync(&file).await.map_err(fail())?;
     let len = io.len(&file).map_err(fail())?;
     let mut pages = [[0; PAGE]; 2];
     for (page, at) in pages.iter_mut().zip([0, PAGE as u64]) {

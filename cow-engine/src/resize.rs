@@ -121,7 +121,12 @@ impl<S: Storage> Disk<S> {
         }
         self.grow_log(io, size).await?;
         self.write_superblock(io, |superblock| superblock.growing_to = Some(size)).await?;
-        let tracker = match self.lengthen(io, image_len, size).await {
+        // The image's time of change is of our doing from here on, also if somebody else made the image longer.
+        let pass = self.gate.enter(self.lane()).await;
+        self.control.stir();
+        let lengthened = self.lengthen(io, image_len, size).await;
+        drop(pass);
+        let tracker = match lengthened {
             Ok(tracker) => tracker,
             Err(error) => {
                 self.give_up(io, image_len).await;
@@ -186,6 +191,8 @@ impl<S: Storage> Disk<S> {
         let taken_back = async {
             let fail = || Error::io("taking back a resize");
             if io.len(&self.image).map_err(fail())? != image_len {
+                let _pass = self.gate.enter(self.lane()).await;
+                self.control.stir();
                 io.set_len(&self.image, image_len).map_err(fail())?;
             }
             let grid = self.block_grid();

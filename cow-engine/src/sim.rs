@@ -24,8 +24,9 @@
 //!
 //! What it cannot do: threads (tasks interleave where they wait; stores to memory are never seen out of
 //! order), sectors or 512-byte parts of cells that tear within, a lying disk that forgets what it synced,
-//! short transfers (they are resumed below the seam), clocks that stand still (every change of an image
-//! has a later time than the one before), and files changed behind the engine while it runs.
+//! short transfers (they are resumed below the seam), clocks that stand still or jump (a step takes a
+//! millisecond, some time passes between lives, and every change of an image but a hidden one has a later time
+//! than the one before), and files changed behind the engine while it runs.
 
 #![forbid(unsafe_code)]
 

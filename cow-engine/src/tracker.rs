@@ -40,8 +40,9 @@ pub(crate) const CONTROL_PAGES: u64 = 1;
 const BROKEN_UP_TO: usize = 0;
 const FLUSH_FAILED: usize = 1;
 const REWIND_VOID: usize = 2;
-const LOG_DOUBT: usize = 3;
-const MAP_DOUBT: usize = 4;
+pub(crate) const LOG_DOUBT: usize = 3;
+pub(crate) const MAP_DOUBT: usize = 4;
+// 16 and 24 to 37 are the sign of life: see `away::note`.
 /// From here on a word per snapshot, by its number.
 const RECORDS: usize = 64;
 
@@ -132,7 +133,7 @@ impl<C: Cells> Control<C> {
         self.word(RECORDS + sequence as usize % MAX_SNAPSHOTS)
     }
 
-    fn word(&self, index: usize) -> &AtomicU32 {
+    pub(crate) fn word(&self, index: usize) -> &AtomicU32 {
         &self.cells.cells()[index]
     }
 }

@@ -110,8 +110,8 @@ pub struct TrackerInfo {
     /// When the generation began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began: Option<Timestamp>,
-    /// Why the generation began, or why tracking is off: a code such as `new-disk`,
-    /// `host-crash`, `image-changed`.
+    /// Why the generation began, if this daemon began it: `new`, `damaged`, `host-stopped`, `image-changed`, `assumed-changed`,
+    /// `block-size-changed`, `interrupted`, `epochs-exhausted` or `handed-over`; `kept` if the history went on.
     pub reason: String,
 }
 

@@ -173,7 +173,7 @@ pub(crate) fn numbers(names: &[String]) -> Vec<u32> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn head() -> Head {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::group;
 use crate::host::{Executor, HostDir, HostFile, HostStorage, ImageOptions};
-use crate::{DiskOptions, OpenReport};
+use crate::{DiskOptions, Meanwhile, OpenReport};
 
 const CAPACITY: u64 = 64 << 20;
 const BLOCK: u64 = 4096;
@@ -41,6 +41,8 @@ impl Rig {
     fn open_with(&self, block: u64) -> (HostDisk, OpenReport) {
         let options = ImageOptions { read_only: false, direct: false, logical_block_bytes: 512 };
         let image = HostFile::open_image(&self.folder.path().join("image"), options).unwrap();
+        // Boots are ours here.
+        let meanwhile = Meanwhile { boot_began_ns: None, ..image.meanwhile().unwrap() };
         let options = DiskOptions {
             name: "vda".into(),
             identity: image.identity().unwrap(),
@@ -53,6 +55,7 @@ impl Rig {
             merge_step: crate::MERGE_STEP,
             store: crate::StorePlan::default(),
             region_bytes: None,
+            meanwhile,
         };
         let io = self.executor.storage();
         let (disk, report) = self.executor.block_on(Disk::open(&io, options)).unwrap();

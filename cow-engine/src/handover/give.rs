@@ -13,6 +13,7 @@ use cbt::{BlockGrid, CELLS_PER_PAGE, ChangeId, Epoch, PAGE_BYTES};
 
 use super::file::{Encoder, Head, Kind, Run, Writer};
 use super::{Moved, Place};
+use crate::away::Closed;
 use crate::disk::{Disk, now_ns};
 use crate::error::Error;
 use crate::format::{DiskState, MAP_FILE, SUPERBLOCK_FILE, Superblock};
@@ -67,6 +68,12 @@ pub async fn export<S: Storage>(io: &S, left: &Left<'_, S>, to: Place<'_, S>) ->
     let map = io.open(left.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
     if io.len(&map).map_err(Error::io("opening the change map"))? != bytes_of(cells) {
         return Err(refuse("its change map has another size than the disk"));
+    }
+    let map_and_len = Some((&map, bytes_of(cells)));
+    let (dir, image) = (left.dir, left.image);
+    let closed = Closed { dir, image, names: &names, found: &found, map: map_and_len, medium: None };
+    if let Some(doubt) = closed.compare(io).await? {
+        return Err(refuse(doubt.what));
     }
     let mapped = io.map(&map, cells).map_err(Error::io("mapping the change map"))?;
     let tracker = Tracker::new(std::sync::Arc::new(mapped), grid, found.capacity);

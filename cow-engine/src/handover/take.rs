@@ -10,6 +10,7 @@ use cbt::{BlockGrid, ByteRange, ChangeId};
 
 use super::Moved;
 use super::file::{Chunk, Decoder, Head, Reader, bad};
+use crate::away::sample::SAMPLE_FILE;
 use crate::error::Error;
 use crate::format::{DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, Superblock};
 use crate::intent::INTENT_FILE;
@@ -201,7 +202,7 @@ fn remove_old<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<(), 
         overlay::remove_files(io, dir, number)?;
     }
     rewind::remove_files(io, dir)?;
-    for name in [INTENT_FILE, MAP_FILE] {
+    for name in [INTENT_FILE, MAP_FILE, SAMPLE_FILE] {
         if names.iter().any(|one| one == name) {
             io.remove(dir, name).map_err(Error::io("removing an older history"))?;
         }

@@ -7,8 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::areas::{AreaKind, OpenedArea};
+use crate::away::Meanwhile;
 use crate::memory::Segment;
 
 /// How transfers of a file are carried out.
@@ -213,6 +215,21 @@ impl HostFile {
         Ok(crate::tracker::Identity { device: metadata.dev(), inode: metadata.ino(), len, mtime_ns: mtime })
     }
 
+    /// What the host says of this image, to tell whether it was changed meanwhile: see [`crate::Meanwhile`].
+    pub fn meanwhile(&self) -> io::Result<Meanwhile> {
+        let now_ns = now_ns();
+        let boot_began_ns = std::fs::read_to_string("/proc/uptime").ok().and_then(|text| {
+            let seconds: f64 = text.split_whitespace().next()?.parse().ok()?;
+            Some(now_ns - i64::try_from(Duration::try_from_secs_f64(seconds).ok()?.as_nanos()).ok()?)
+        });
+        let medium = match self.backing {
+            Backing::File => file_system_of(&self.file)?,
+            Backing::BlockDevice => names_of_device(self.file.metadata()?.rdev()),
+        };
+        let local = self.backing == Backing::File && is_local(&self.file)?;
+        Ok(Meanwhile { now_ns, boot_began_ns, medium, settles: self.direct || local, assume_changed: false })
+    }
+
     /// Whether direct I/O takes this transfer as it is.
     pub(super) fn takes(&self, at: u64, segments: &[Segment]) -> bool {
         let Alignment { memory, offset } = self.alignment;
@@ -339,6 +356,59 @@ fn boot_number() -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).take(16).collect();
     u64::from_str_radix(&digits, 16).map_err(io::Error::other)
+}
+
+/// The time of day in nanoseconds since 1970.
+pub fn now_ns() -> i64 {
+    i64::try_from(crate::disk::now_ns()).unwrap_or(i64::MAX)
+}
+
+/// The id of the file system that a file is on (`f_fsid`), or 0.
+fn file_system_of(file: &File) -> io::Result<u64> {
+    // SAFETY: all-zero bytes are a valid `statfs`.
+    // JUSTIFICATION: rustix and std do not carry `f_fsid`.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one `statfs` at the address given.
+    // JUSTIFICATION: as above.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: an `fsid_t` is two plain integers, and as large as a `u64` (statfs(2)).
+    // JUSTIFICATION: its fields are private.
+    Ok(unsafe { std::mem::transmute::<libc::fsid_t, u64>(stat.f_fsid) })
+}
+
+/// A number that differs where what a device says of itself does.
+fn names_of_device(device: u64) -> u64 {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let files = [
+        "device/wwid",
+        "wwid",
+        "device/serial",
+        "serial",
+        "dm/uuid",
+        "md/uuid",
+        "loop/backing_file",
+        "start",
+    ];
+    let mut sum = [0; 2];
+    for (nth, file) in files.iter().enumerate() {
+        if let Ok(text) = std::fs::read(format!("/sys/dev/block/{major}:{minor}/{file}")) {
+            sum[nth % 2] = crc32c::crc32c_append(sum[nth % 2], &text);
+        }
+    }
+    u64::from(sum[0]) | u64::from(sum[1]) << 32
+}
+
+/// Whether nobody but this kernel tells a file's time of change: not so where another host, or another process,
+/// keeps the file.
+fn is_local(file: &File) -> io::Result<bool> {
+    /// NFS, CIFS, SMB2, FUSE, Ceph and 9P (linux/magic.h and fs/smb).
+    const OF_OTHERS: [u64; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x00c3_6400, 0x0102_1997];
+    let kind = rustix::fs::fstatfs(file)?.f_type;
+    #[allow(clippy::unnecessary_cast, reason = "the type differs between architectures")]
+    let kind = kind as u64;
+    Ok(!OF_OTHERS.contains(&(kind & 0xffff_ffff)))
 }
 
 /// `_IOR(0x12, 114, size_t)` of linux/fs.h.

@@ -7,6 +7,6 @@ mod ring;
 mod storage;
 
 pub use executor::{Executor, Watch};
-pub use file::{Backing, HostDir, HostFile, ImageOptions, OpenImageError};
+pub use file::{Backing, HostDir, HostFile, ImageOptions, OpenImageError, now_ns};
 pub use lock::{Access, LockError};
 pub use storage::HostStorage;

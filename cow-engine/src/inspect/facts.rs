@@ -3,6 +3,7 @@
 use super::read::{CopyFound, Found, Head, Index, Overlay, State};
 use super::rewind::Rewind;
 use crate::areas::{Entry, LIST_FILE};
+use crate::away::sample::{self, SAMPLE_FILE};
 use crate::format::{
     DiskState, Entry as RecordEntry, GRAIN, MAP_FILE, PAGE, RECORD, STORE_FILE, SUPERBLOCK_FILE,
     SnapshotState, Superblock,
@@ -77,8 +78,21 @@ pub(super) fn all(state: &State) -> Vec<Fact> {
             fields.push(("broken_up_to", number(words.broken_up_to)));
             fields.push(("flush_failed", Value::Flag(words.flush_failed)));
             fields.push(("rewind_void", Value::Flag(words.rewind_void)));
+            if let Some(note) = state.superblock().and_then(|newest| words.control.note(&newest.boot)) {
+                fields.push(("alive_at_ns", number(note.at_ns.cast_unsigned())));
+                fields.push(("alive_mtime_ns", number(note.mtime_ns.cast_unsigned())));
+                fields.push(("quiet", Value::Flag(note.quiet)));
+            }
         }
         facts.push(Fact::new("map", MAP_FILE, fields));
+    }
+    if let sample::Found::Sample(sample) = &state.sample {
+        let fields = vec![
+            ("capacity", number(sample.capacity)),
+            ("medium", number(sample.medium)),
+            ("places", number(sample.places().count() as u64)),
+        ];
+        facts.push(Fact::new("sample", SAMPLE_FILE, fields));
     }
     if let Some(len) = state.store_len {
         let named = state.named_slots;

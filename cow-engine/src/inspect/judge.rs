@@ -2,7 +2,9 @@
 
 use super::read::{CopyFound, Fate, Head, Index, Overlay, State, WordsOf, Wrong};
 use super::{Around, Finding, Grade};
-use crate::format::{DiskState, MAP_FILE, STORE_FILE, SUPERBLOCK_FILE, SnapshotState};
+use crate::away::sample::Found;
+use crate::away::{self, Doubt};
+use crate::format::{DiskState, MAP_FILE, STORE_FILE, SUPERBLOCK_FILE, SnapshotState, Superblock};
 use crate::intent::INTENT_FILE;
 use crate::open::{is_as_left, is_presumable, is_proved, is_short, is_unneeded, leads_to};
 use crate::overlay::{cells_file, data_file, head_file, len_of_cells};
@@ -184,6 +186,10 @@ fn image(state: &State, around: &Around, found: &mut Vec<Finding>) -> bool {
     let Some(image) = &around.image else { return false };
     let boot = around.boot.unwrap_or(superblock.boot);
     if is_proved(superblock, image, &boot) {
+        if let Some(doubt) = doubt(state, superblock, around) {
+            found.push(wrong(doubt.code, doubt.file, None, doubt.what, ANEW));
+            return true;
+        }
         if let Some(to) = superblock.growing_to {
             let what = format!("a resize to {to} bytes was cut off");
             let opening = match image.len == to {
@@ -196,6 +202,10 @@ fn image(state: &State, around: &Around, found: &mut Vec<Finding>) -> bool {
     }
     let logged = state.intent == Some(true) || superblock.block_bytes == 0;
     if logged && is_presumable(superblock, image, &boot) {
+        if let Some(doubt) = doubt(state, superblock, around) {
+            found.push(wrong(doubt.code, doubt.file, None, doubt.what, ANEW));
+            return true;
+        }
         let what = "the host stopped while the disk was served".into();
         found.push(wrong("host-stopped", SUPERBLOCK_FILE, None, what, PRESUMED));
         return false;
@@ -211,6 +221,26 @@ fn image(state: &State, around: &Around, found: &mut Vec<Finding>) -> bool {
     };
     found.push(wrong("not-as-left", SUPERBLOCK_FILE, None, what.into(), ANEW));
     true
+}
+
+/// What makes the image, or the map, another one than was left: [`away::look`]'s order.
+fn doubt(state: &State, superblock: &Superblock, around: &Around) -> Option<Doubt> {
+    let image = around.image.as_ref()?;
+    let boot = around.boot.unwrap_or(superblock.boot);
+    let words = state.words.as_ref().map(|words| &words.control);
+    let by_times = away::by_times(superblock, words, image, &boot, around.boot_began_ns);
+    if by_times.is_some() {
+        return by_times;
+    }
+    match &state.sample {
+        Found::None => None,
+        Found::Damaged => Some(away::sample_damaged()),
+        Found::Sample(sample) => {
+            let medium = around.medium.filter(|_| superblock.boot == boot);
+            let of_map = state.map_sum.as_ref().and_then(|sum| away::of_map(sample, sum));
+            of_map.or_else(|| away::of_image(sample, &state.differ, medium))
+        }
+    }
 }
 
 /// Judges the map; whether a new history begins for its sake.

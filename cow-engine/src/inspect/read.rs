@@ -11,6 +11,8 @@ use super::checkpoint::Checkpoint;
 use super::end_of;
 use super::rewind::Rewind;
 use crate::areas::{LIST_BYTES, LIST_FILE, List, OWN_SLOTS};
+use crate::away::Differing;
+use crate::away::sample::{self, MapSum, SAMPLE_FILE, Sample};
 use crate::format::{
     Damaged, Entry, GRAIN, MAP_FILE, PAGE, RECORD, RawRecord, STORE_FILE, SUPERBLOCK_FILE, SnapshotHeader,
     SnapshotState, Superblock, index_file, other_version, sequence_of,
@@ -138,7 +140,7 @@ pub(super) struct Words {
     pub(super) broken_up_to: u32,
     pub(super) flush_failed: bool,
     pub(super) rewind_void: bool,
-    control: Control<WordsOf>,
+    pub(super) control: Control<WordsOf>,
 }
 
 impl Words {
@@ -158,6 +160,11 @@ pub(super) struct State {
     pub(super) verdict: Copies,
     pub(super) map_len: Option<u64>,
     pub(super) words: Option<Words>,
+    /// The map as it is, if it can be compared with one that was stamped.
+    pub(super) map_sum: Option<MapSum>,
+    pub(super) sample: sample::Found,
+    /// What differs of the image, if somebody compared it.
+    pub(super) differ: Differing,
     /// Whether there is an intent log, and whether it is believed.
     pub(super) intent: Option<bool>,
     pub(super) store_len: Option<u64>,
@@ -212,6 +219,14 @@ impl State {
             None => None,
         };
         let verdict = Copies::of(&pages);
+        let sample = match (len(SAMPLE_FILE)?, &verdict.newest) {
+            (Some(len), Some(newest)) if newest.state.is_closed() => read_sample(files, len, newest)?,
+            _ => sample::Found::None,
+        };
+        let map_sum = match (&sample, map_len.filter(|len| *len >= PAGE_BYTES as u64)) {
+            (sample::Found::Sample(one), Some(len)) => Some(sum_of_map(files, len.min(one.map_len()))?),
+            _ => None,
+        };
         let disk = verdict.newest.as_ref().map(|superblock| superblock.disk);
         let mut indexes = Vec::new();
         let areas = read_list(files, len(LIST_FILE)?.unwrap_or(0), disk)?;
@@ -231,7 +246,8 @@ impl State {
         let checkpoints = checkpoints.into_iter().map(|number| Checkpoint::read(files, number));
         let checkpoints = checkpoints.collect::<io::Result<_>>()?;
         let is_known = |name: &String| {
-            ["lock", SUPERBLOCK_FILE, MAP_FILE, INTENT_FILE, STORE_FILE, LIST_FILE].contains(&name.as_str())
+            ["lock", SUPERBLOCK_FILE, MAP_FILE, INTENT_FILE, STORE_FILE, LIST_FILE, SAMPLE_FILE]
+                .contains(&name.as_str())
                 || super::rewind::FILES.contains(&name.as_str())
                 || sequence_of(name).is_some()
                 || number_of(name).is_some()
@@ -250,6 +266,9 @@ impl State {
             verdict,
             map_len,
             words,
+            map_sum,
+            sample,
+            differ: Differing::default(),
             intent,
             store_len,
             areas,
@@ -325,6 +344,33 @@ fn copy_of(page: &[u8; PAGE]) -> CopyFound {
         None if page.iter().all(|&byte| byte == 0) => CopyFound::Unused,
         None => other_version(page).map_or(CopyFound::Damaged, CopyFound::Version),
     }
+}
+
+/// The sample of the stop that `newest` tells of.
+fn read_sample(files: &impl Files, len: u64, newest: &Superblock) -> io::Result<sample::Found> {
+    if len < PAGE as u64 {
+        return Ok(sample::Found::Damaged);
+    }
+    let mut page = [0; PAGE];
+    files.read(SAMPLE_FILE, 0, &mut page)?;
+    Ok(Sample::find(&page, newest))
+}
+
+/// Sums up the first `len` bytes of the map, as opening does.
+fn sum_of_map(files: &impl Files, len: u64) -> io::Result<MapSum> {
+    let mut sum = MapSum::new(len);
+    let mut page = [0; PAGE_BYTES];
+    let (mut nth, pages) = (0, len / PAGE_BYTES as u64);
+    while nth < pages {
+        let Some(data) = files.data_from(MAP_FILE, nth * PAGE_BYTES as u64)? else { break };
+        nth = nth.max(data / PAGE_BYTES as u64);
+        if nth < pages {
+            files.read(MAP_FILE, nth * PAGE_BYTES as u64, &mut page)?;
+            sum.add(nth, &page);
+        }
+        nth += 1;
+    }
+    Ok(sum)
 }
 
 fn read_words(files: &impl Files) -> io::Result<Words> {

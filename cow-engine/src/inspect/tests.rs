@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 
-use cbt::{Epoch, Generation};
+use cbt::{Cells, Epoch, Generation};
 use proptest::prelude::*;
 use zerocopy::IntoBytes;
 
@@ -14,6 +14,7 @@ use crate::index::Key;
 use crate::overflow::Terms;
 use crate::overlay::{OverlayHead, cells_file, data_file, head_file};
 use crate::rewind::{DONE_FILE, HEAD_FILE, NO_REWIND, RewindHead, RewindState, SYNCED_FILE};
+use crate::tracker::{Control, WordsOf};
 
 const DISK: [u8; 16] = [1; 16];
 const CAPACITY: u64 = 1 << 20;
@@ -111,6 +112,11 @@ fn whole() -> Memory {
     let mut map = vec![0; 8192];
     map[4 * (64 + 1)] = 2;
     map[4 * (64 + 2)] = 1;
+    let words = Control::new(std::sync::Arc::new(WordsOf::from_page(map[..PAGE].try_into().unwrap())));
+    words.give_sign(&superblock(3).boot, 0, superblock(3).identity.mtime_ns);
+    for (bytes, word) in map.as_chunks_mut::<4>().0.iter_mut().zip(words.cells().cells()) {
+        *bytes = word.load(std::sync::atomic::Ordering::SeqCst).to_le_bytes();
+    }
     put("map", map);
     put("store", vec![0xab; 2 * PAGE]);
     let first = [(Key::grain(3), Slot::At(0)), (Key::map_page(0), Slot::Zero)];
@@ -238,7 +244,7 @@ fn a_resize_that_was_cut_off_is_not_wrong() {
         [(2 * CAPACITY, "it is finished"), (CAPACITY, "it is forgotten: the image has the old size")]
     {
         let image = Some(Identity { len, ..superblock(3).identity });
-        let found = inspection.findings(&Around { image, boot: Some([3; 16]) });
+        let found = inspection.findings(&Around { image, boot: Some([3; 16]), ..Around::default() });
         let found: Vec<_> = found.iter().map(|one| (one.grade, one.opening.as_str())).collect();
         assert_eq!(found, [(Grade::Left, opening)]);
     }
@@ -354,7 +360,9 @@ fn unknown_files_are_named() {
 fn the_image_is_compared_with_the_stamp() {
     let inspection = Inspection::read(&whole()).unwrap();
     let image = superblock(3).identity;
-    let with = |image, boot| inspection.findings(&Around { image: Some(image), boot: Some(boot) });
+    let with = |image, boot| {
+        inspection.findings(&Around { image: Some(image), boot: Some(boot), ..Around::default() })
+    };
     assert_eq!(with(image, [3; 16]), []);
     assert_eq!(with(Identity { len: 5, ..image }, [3; 16])[0].code, "not-as-left");
     assert!(with(image, [4; 16])[0].what.contains("host stopped"));
@@ -363,7 +371,7 @@ fn the_image_is_compared_with_the_stamp() {
 /// Looks at everything in every way.
 fn look(files: &Memory) {
     let inspection = Inspection::read(files).unwrap();
-    let around = Around { image: Some(superblock(3).identity), boot: Some([3; 16]) };
+    let around = Around { image: Some(superblock(3).identity), boot: Some([3; 16]), ..Around::default() };
     let _ = (inspection.findings(&Around::default()), inspection.findings(&around));
     let _ = inspection.facts();
     inspection.records(files, |_| {}).unwrap();

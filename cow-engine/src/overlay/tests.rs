@@ -48,6 +48,8 @@ impl Rig {
         let path = self.folder.path().join("image");
         let options = ImageOptions { read_only: false, direct: false, logical_block_bytes: 512 };
         let image = HostFile::open_image(Path::new(&path), options).unwrap();
+        // Boots are ours here.
+        let meanwhile = crate::Meanwhile { boot_began_ns: None, ..image.meanwhile().unwrap() };
         let options = DiskOptions {
             name: "vda".into(),
             identity: image.identity().unwrap(),
@@ -60,6 +62,7 @@ impl Rig {
             merge_step: crate::MERGE_STEP,
             store: crate::StorePlan::default(),
             region_bytes: None,
+            meanwhile,
         };
         self.executor.block_on(Disk::open(&self.executor.storage(), options)).unwrap()
     }

@@ -90,12 +90,25 @@ impl Sim {
         u128::from(self.world.borrow().boot).to_le_bytes()
     }
 
-    /// Changes an image while no engine has it open, durably.
-    pub fn change_offline(&self, file: SimFile, at: u64, bytes: &[u8]) {
+    /// So many steps' time goes by while nothing runs.
+    pub fn pass_time(&self, steps: u64) {
+        self.world.borrow_mut().idle += steps;
+    }
+
+    /// What an image holds, read while no engine has it open.
+    pub fn look(&self, file: SimFile, at: u64, out: &mut [u8]) {
+        self.world.borrow_mut().file(file.id()).read(at, out);
+    }
+
+    /// Changes an image while no engine has it open, durably; its time of change is set back if `unseen`.
+    pub fn change_offline(&self, file: SimFile, at: u64, bytes: &[u8], unseen: bool) {
         let mut world = self.world.borrow_mut();
         world.step();
-        let now = world.steps;
+        // Later than what was in flight when the process ended.
+        world.idle += 1;
+        let now = world.now();
         let file = world.file(file.id());
+        let now = if unseen { file.mtime } else { now };
         file.write(at, bytes, now);
         let captured = file.capture();
         file.finish_sync(&captured);

@@ -369,8 +369,19 @@ impl File {
             return;
         }
         let mut bytes = vec![0; len];
-        self.read(at, &mut bytes);
+        self.read_mapped(at, &mut bytes);
         change(&mut bytes);
+        if let Some(mapped) = &mut self.mapped {
+            for (at, byte) in (at..).zip(bytes) {
+                let cell = usize::try_from(at / 4).ok().filter(|&cell| cell < mapped.synced.len());
+                let Some(cell) = cell else { return };
+                let mut word = mapped.cells[cell].load(SeqCst).to_le_bytes();
+                word[usize::try_from(at % 4).unwrap_or(0)] = byte;
+                mapped.cells[cell].store(u32::from_le_bytes(word), SeqCst);
+                mapped.synced[cell] = u32::from_le_bytes(word);
+            }
+            return;
+        }
         let now = self.mtime;
         self.write(at, &bytes, now);
         self.finish_durable(at, len);

@@ -17,7 +17,7 @@ use super::medium::PAGE;
 use super::world::{OpKind, Work, World};
 use crate::areas::{AreaKind, OpenedArea};
 use crate::memory::{Source, Target};
-use crate::{Durability, Extent, Identity, Storage, Zeroing};
+use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
 
 /// Files of a simulated host; see [`crate::sim`].
 #[derive(Clone)]
@@ -73,6 +73,11 @@ impl Cells for SimCells {
     fn cells(&self) -> &[AtomicU32] {
         &self.memory[..self.count]
     }
+}
+
+/// A time in steps as one in nanoseconds: a step takes a millisecond.
+fn ns_of(steps: u64) -> i64 {
+    i64::try_from(steps.saturating_mul(1_000_000)).unwrap_or(i64::MAX)
 }
 
 /// Waits for an operation, and takes it along when dropped.
@@ -138,7 +143,23 @@ impl SimStorage {
     pub fn identity(&self, file: SimFile) -> Identity {
         let mut world = self.world.borrow_mut();
         let held = world.file(file.id);
-        Identity { device: 1, inode: file.id, len: held.len, mtime_ns: held.mtime.cast_signed() }
+        Identity { device: 1, inode: file.id, len: held.len, mtime_ns: ns_of(held.mtime) }
+    }
+
+    /// Steps made so far.
+    pub fn steps(&self) -> u64 {
+        self.world.borrow().steps
+    }
+
+    /// The time of day, in nanoseconds.
+    pub fn now_ns(&self) -> i64 {
+        ns_of(self.world.borrow().now())
+    }
+
+    /// What a host would tell that begins to serve an image.
+    pub fn meanwhile(&self) -> Meanwhile {
+        let boot_began_ns = Some(ns_of(self.world.borrow().boot_began));
+        Meanwhile { now_ns: self.now_ns(), boot_began_ns, medium: 1, settles: true, assume_changed: false }
     }
 
     /// Syncs of `file` that have failed so far.
@@ -230,7 +251,7 @@ impl Storage for SimStorage {
     fn set_len(&self, file: &SimFile, len: u64) -> io::Result<()> {
         self.world.borrow_mut().call(OpKind::SetLen, file.kind)?;
         let mut world = self.world.borrow_mut();
-        let now = world.steps;
+        let now = world.now();
         world.file(file.id).set_len(len, now);
         Ok(())
     }

@@ -117,6 +117,10 @@ pub(super) struct World {
     next_op: u64,
     pub(super) ops: Vec<Op>,
     pub(super) steps: u64,
+    /// Time that went by between steps, in steps.
+    pub(super) idle: u64,
+    /// When the boot began.
+    pub(super) boot_began: u64,
     pub(super) deadline: u64,
     pub(super) dead: bool,
     frozen_cells: Vec<(u64, Vec<u32>)>,
@@ -147,6 +151,8 @@ impl World {
             next_op: 1,
             ops: Vec::new(),
             steps: 0,
+            idle: 0,
+            boot_began: 0,
             deadline: u64::MAX,
             dead: false,
             frozen_cells: Vec::new(),
@@ -171,6 +177,11 @@ impl World {
 
     pub(super) fn file(&mut self, id: u64) -> &mut File {
         self.files.get_mut(&id).expect("open files are kept")
+    }
+
+    /// The time of day, in steps.
+    pub(super) fn now(&self) -> u64 {
+        self.steps + self.idle
     }
 
     /// Counts a step; the process may die of it.
@@ -313,10 +324,10 @@ impl World {
     }
 
     fn apply(&mut self, at: usize, piece: Range<usize>) {
-        let Self { ops, files, steps, .. } = self;
+        let now = self.now() + 1;
+        let Self { ops, files, .. } = self;
         let op = &mut ops[at];
         let Some(file) = files.get_mut(&op.file) else { return };
-        let now = *steps + 1;
         match &mut op.work {
             Work::Read { at, buffer } => file.read(*at + piece.start as u64, &mut buffer[piece]),
             Work::Write { at, bytes, .. } => file.write(*at + piece.start as u64, &bytes[piece], now),
@@ -421,6 +432,8 @@ impl World {
             dir.power_cut(random);
         }
         self.boot += 1;
+        self.idle += 1 + self.random.below(1 << 14);
+        self.boot_began = self.now();
     }
 }
 

@@ -9,7 +9,8 @@ use cow_engine::cbt::BlockGrid;
 use cow_engine::inspect::{Around, Finding, Grade, Inspection};
 use cow_engine::sim::{Damage, Defect, FileKind, OpKind, Random, Rule, Sim, SimDir};
 use cow_engine::{
-    AreaSpec, Disk, DiskOptions, Error, OnOverflow, OpenReport, ResetReason, StorePlan, Terms, group,
+    AreaSpec, Disk, DiskOptions, Error, Meanwhile, OnOverflow, OpenReport, ResetReason, StorePlan, Terms,
+    group,
 };
 use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
 use ebbtide_tests::overlay_oracle::OverlayOracle;
@@ -58,6 +59,9 @@ impl Profile {
     };
 }
 
+/// Steps after the last sign of life in which a disk may have been changed by its daemon, and one more.
+const GRACE_STEPS: u64 = 5001;
+
 /// How sure it is that a disk was closed in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Clean {
@@ -75,6 +79,10 @@ struct Spec {
     clean: Clean,
     power: bool,
     edited: bool,
+    /// It was changed after a crash, and no opening has seen that yet.
+    unseen: bool,
+    /// The last sign of life said that nothing is in flight, and nothing came after it.
+    quiet: bool,
     /// A rewind was under way when it was closed.
     rewinding: bool,
     /// A state file was damaged since the last opening that was not cut off.
@@ -162,6 +170,8 @@ impl<'a> Rig<'a> {
                 clean: Clean::No,
                 power: false,
                 edited: false,
+                unseen: false,
+                quiet: false,
                 rewinding: false,
                 damaged: false,
                 attempts: 0,
@@ -247,7 +257,9 @@ impl<'a> Rig<'a> {
     /// The process or the host ends here.
     fn crash(&mut self) {
         self.shared.note_failed_syncs();
-        if self.random.below(10) < self.profile.power {
+        // What was changed between a kill and a stop of the host is not told.
+        let unseen = self.specs.iter().any(|spec| spec.unseen);
+        if self.random.below(10) < self.profile.power && !unseen {
             self.sim.power_cut();
             for spec in &mut self.specs {
                 spec.power = true;
@@ -256,11 +268,31 @@ impl<'a> Rig<'a> {
             self.sim.kill();
         }
         self.shared.crash();
-        self.damage();
+        self.damage(false);
     }
 
-    /// Damages a state file or two, perhaps.
-    fn damage(&mut self) {
+    /// Signs of life of all disks, as a thread of its own gives them.
+    fn beat(&mut self, disks: &[SimDisk]) {
+        for ((at, disk), spec) in disks.iter().enumerate().zip(&mut self.specs) {
+            spec.quiet = self.shared.beat(at, disk);
+        }
+    }
+
+    /// Changes an image after a crash, perhaps; so that it can be told.
+    fn change_after_crash(&mut self) {
+        let at = self.random.index(self.specs.len());
+        if !self.random.one_in(4) || self.shared.reverts.get() > 0 {
+            return;
+        }
+        let at_once = self.specs[at].quiet && !self.specs[at].power && self.random.one_in(2);
+        let time = if at_once { 0 } else { GRACE_STEPS };
+        self.sim.pass_time(time + self.random.below(1 << 12));
+        self.edit(at, false);
+        self.specs[at].unseen = true;
+    }
+
+    /// Damages a state file or two, perhaps. Of a `closed` disk the map is covered by a checksum.
+    fn damage(&mut self, closed: bool) {
         while self.profile.damage && self.random.one_in(2) {
             let at = self.random.index(self.specs.len());
             let dir = self.specs[at].dir;
@@ -275,11 +307,14 @@ impl<'a> Rig<'a> {
             let len = self.sim.len_of(dir, &name);
             let random = &mut self.random;
             let place = random.below(len.max(1));
+            let is_summed = closed && name == "map" && self.specs[at].clean == Clean::Yes;
             let damage = match random.below(8) {
+                // Without it nothing tells of damage of the map.
+                0 if closed && name == "sample" => continue,
                 0 => Damage::Remove,
                 1 | 2 => Damage::Cut(place),
                 // Of what is in a slot, in the map or in an overlay there is no checksum.
-                _ if !is_checked(&name) => continue,
+                _ if !is_checked(&name) && !is_summed => continue,
                 3 | 4 => Damage::Flip(place),
                 5 => Damage::Zero(place / 4096 * 4096, 4096),
                 6 => Damage::Zero(place / 16 * 16, 16),
@@ -335,10 +370,17 @@ impl<'a> Rig<'a> {
     /// What a look from outside finds wrong, by disk.
     fn look(&self) -> Vec<Vec<Finding>> {
         let of = |(at, spec): (usize, &Spec)| {
-            let inspection = Inspection::read(&self.sim.files(spec.dir)).expect("no faults now");
+            let mut inspection = Inspection::read(&self.sim.files(spec.dir)).expect("no faults now");
             let _ = inspection.facts();
-            let image = Some(self.shared.io.identity(self.shared.images[at]));
-            inspection.findings(&Around { image, boot: Some(self.sim.boot()) })
+            let held = self.shared.images[at];
+            inspection.compare_image(|from, out| {
+                self.sim.look(held, from, out);
+                Ok(())
+            });
+            let Meanwhile { boot_began_ns, medium, .. } = self.shared.io.meanwhile();
+            let image = Some(self.shared.io.identity(held));
+            let boot = Some(self.sim.boot());
+            inspection.findings(&Around { image, boot, boot_began_ns, medium: Some(medium) })
         };
         self.specs.iter().enumerate().map(of).collect()
     }
@@ -390,6 +432,7 @@ impl<'a> Rig<'a> {
                 merge_step: self.merge_step,
                 store: self.plan(spec),
                 region_bytes: Some(self.region_bytes),
+                meanwhile: self.shared.io.meanwhile(),
             }
         };
         self.specs.iter().zip(blocks).enumerate().map(make).collect()
@@ -480,7 +523,9 @@ impl<'a> Rig<'a> {
         }
         let power = self.specs.iter().any(|spec| spec.power);
         let damaged = self.specs.iter().any(|spec| spec.damaged);
-        if let Err(what) = oracle.check_whole(!power && !damaged && !self.profile.faults) {
+        // One that was not answered may be active on the disk that was changed only.
+        let unseen = self.specs.iter().any(|spec| spec.unseen);
+        if let Err(what) = oracle.check_whole(!power && !damaged && !unseen && !self.profile.faults) {
             panic!("{what}");
         }
         if let Err(what) = oracle.check_named(!damaged && !self.profile.faults) {
@@ -499,6 +544,7 @@ impl<'a> Rig<'a> {
         for (spec, disk) in self.specs.iter_mut().zip(disks) {
             spec.block = disk.block_grid().map_or(0, BlockGrid::bytes);
             (spec.clean, spec.power, spec.edited, spec.damaged) = (Clean::No, false, false, false);
+            (spec.unseen, spec.quiet) = (false, false);
             (spec.attempts, spec.other_block) = (0, false);
         }
     }
@@ -515,11 +561,17 @@ impl<'a> Rig<'a> {
         };
         let limit = if close { limit } else { self.random.within(limit / 2..limit) };
         self.at("working", limit);
+        self.beat(&disks);
+        self.specs.iter_mut().for_each(|spec| spec.quiet = false);
         let work = self.tasks(&disks);
         let done = self.sim.run(work, limit);
+        if done.is_some() {
+            self.beat(&disks);
+        }
         if done.is_none() || !close {
             self.sim.set_faults(Vec::new());
-            return self.crash();
+            self.crash();
+            return self.change_after_crash();
         }
         self.close(disks);
         self.sim.set_faults(Vec::new());
@@ -570,8 +622,16 @@ impl<'a> Rig<'a> {
             let (own, questions) = (Random::new(random.bits()), random.within(2..20));
             spawn(Box::pin(readers::reader(shared.clone(), disks.to_vec(), own, questions)));
         }
+        let (mut last, often) = (self.sim.steps(), random.within(20..1500));
+        let (sim, watched) = (self.sim.storage(), disks.to_vec());
         async move {
             while left.get() > 0 {
+                if sim.steps() >= last + often {
+                    last = sim.steps();
+                    for (at, disk) in watched.iter().enumerate() {
+                        shared.beat(at, disk);
+                    }
+                }
                 shared.io.turn().await;
             }
         }
@@ -581,6 +641,7 @@ impl<'a> Rig<'a> {
     fn close(&mut self, disks: Vec<SimDisk>) {
         let limit = self.cut_off(60);
         self.at("closing", limit);
+        self.specs.iter_mut().for_each(|spec| spec.quiet = false);
         let states: Rc<RefCell<Vec<Clean>>> = Rc::new(RefCell::new(vec![Clean::No; disks.len()]));
         let (shared, closing) = (self.shared.clone(), states.clone());
         self.shared.closing.set(true);
@@ -625,7 +686,8 @@ impl<'a> Rig<'a> {
         }
         self.sim.set_faults(Vec::new());
         if done.is_none() {
-            return self.crash();
+            self.crash();
+            return self.change_after_crash();
         }
         match self.random.below(4) {
             0 => self.crash(),
@@ -634,27 +696,28 @@ impl<'a> Rig<'a> {
                 self.shared.crash();
                 let at = self.random.index(self.specs.len());
                 if self.specs[at].clean == Clean::Yes && !self.specs[at].rewinding {
-                    self.edit(at);
+                    let unseen = self.shared.strict && self.profile.defect.is_none() && self.random.one_in(3);
+                    self.edit(at, unseen);
                 }
             }
             _ => {
                 self.sim.kill();
                 self.shared.crash();
-                self.damage();
+                self.damage(true);
             }
         }
     }
 
-    /// Changes an image behind the engine's back.
-    fn edit(&mut self, at: usize) {
+    /// Changes an image behind the engine's back. If its time of change is set back, where a sample was taken.
+    fn edit(&mut self, at: usize, unseen: bool) {
         let mut oracle = self.shared.oracle.borrow_mut();
         let sectors = oracle.disks[at].capacity / SECTOR as u64;
-        let first = self.random.below(sectors);
+        let first = if unseen { 0 } else { self.random.below(sectors) };
         let end = (first + self.random.within(1..20)).min(sectors);
         let number = oracle.changed_offline(at, first..end);
         let mut bytes = vec![0; SECTOR * usize::try_from(end - first).unwrap_or(1)];
         stamp(at, first, number as u64, &mut bytes);
-        self.sim.change_offline(self.shared.images[at], first * SECTOR as u64, &bytes);
+        self.sim.change_offline(self.shared.images[at], first * SECTOR as u64, &bytes, unseen);
         self.specs[at].edited = true;
     }
 
@@ -666,6 +729,7 @@ impl<'a> Rig<'a> {
         // A failure of a life before may be told to this one: no rewind comes to its end then.
         while !self.sim.run(rewinds::complete(self.shared.clone(), disks.clone()), u64::MAX).unwrap_or(false)
         {
+            self.beat(&disks);
             self.sim.kill();
             self.shared.crash();
             let Some(opened) = self.open() else { return };
@@ -728,7 +792,7 @@ impl<'a> Rig<'a> {
 /// Whether a state file is covered by checksums. What is in a slot, in the map or in an overlay is not, nor what
 /// of a rewind is back.
 fn is_checked(name: &str) -> bool {
-    ["superblock", "rewind"].contains(&name)
+    ["superblock", "rewind", "sample"].contains(&name)
         || [".index", ".overlay", ".checkpoint"].iter().any(|kind| name.ends_with(kind))
 }
 

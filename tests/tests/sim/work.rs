@@ -86,6 +86,12 @@ impl Shared {
         }
     }
 
+    /// A disk's sign of life; whether nothing is in flight.
+    pub(crate) fn beat(&self, at: usize, disk: &SimDisk) -> bool {
+        let identity = || Ok(self.io.identity(self.images[at]));
+        disk.beat(self.io.now_ns(), identity).expect("an image can be asked")
+    }
+
     /// Everything in flight was cut off.
     pub(crate) fn crash(&self) {
         self.oracle.borrow_mut().crash();

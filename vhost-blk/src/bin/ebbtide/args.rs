@@ -100,7 +100,7 @@ pub(crate) enum Command {
 const DISK_HELP: &str = "A disk: name=NAME,path=IMAGE,socket=PATH[,queues=N][,read-only][,serial=S]\
     [,logical-block-size=512|4096][,cache=writeback|writethrough][,discard=unmap|ignore]\
     [,direct=on|off][,tracking=on|off][,block-size=BYTES][,state=DIR][,store=PATH[:SIZE]]...[,store-limit=BYTES]\
-    [,low-space=SECONDS]; once for each disk";
+    [,low-space=SECONDS][,assume-changed]; once for each disk";
 
 #[derive(Debug, Args)]
 pub(crate) struct Serve {
@@ -113,6 +113,9 @@ pub(crate) struct Serve {
     /// Bytes of old content that the snapshots of all disks may hold together
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) store_limit: Option<u64>,
+    /// Take the images of all disks for changed while nobody served them: their next backups are full ones
+    #[arg(long)]
+    pub(crate) assume_changed: bool,
     #[command(flatten)]
     pub(crate) doors: Doors,
 }

@@ -39,6 +39,8 @@ pub(crate) struct DiskSpec {
     pub(crate) store_limit: Option<u64>,
     /// Seconds before its store is full at which that is told.
     pub(crate) low_space: u64,
+    /// The image was changed while nobody served it, whatever it looks like.
+    pub(crate) assume_changed: bool,
 }
 
 /// A disk while its keys are being read.
@@ -55,7 +57,7 @@ const STORE_HELP: &str =
 const LOW_SPACE: u64 = 60;
 
 /// Every key, with what it takes, for error texts.
-const KEYS: [(&str, &str); 16] = [
+const KEYS: [(&str, &str); 17] = [
     ("name", "a name"),
     ("path", "an image file or block device"),
     ("socket", "a path"),
@@ -72,6 +74,7 @@ const KEYS: [(&str, &str); 16] = [
     ("store", STORE_HELP),
     ("store-limit", "bytes, such as 10G"),
     ("low-space", "seconds, 0 to 86400"),
+    ("assume-changed", "on or off"),
 ];
 
 impl Keys {
@@ -195,6 +198,7 @@ impl Keys {
             low_space: self.value("low-space", LOW_SPACE, |text| {
                 text.parse().ok().filter(|seconds| *seconds <= 86_400)
             })?,
+            assume_changed: self.value("assume-changed", false, switch)?,
             name,
             path,
         })
@@ -221,6 +225,7 @@ impl DiskSpec {
             store: Vec::new(),
             store_limit: None,
             low_space: LOW_SPACE,
+            assume_changed: false,
         })
     }
 }

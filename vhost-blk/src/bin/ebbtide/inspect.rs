@@ -6,6 +6,8 @@
 use std::fmt::Write as _;
 use std::fs::{File, TryLockError};
 use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -54,12 +56,22 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 
 fn findings(dir: &Path) -> anyhow::Result<Vec<Finding>> {
     let _held = hold(dir)?;
-    let inspection = read(&HostFiles::new(dir), dir)?;
+    let mut inspection = read(&HostFiles::new(dir), dir)?;
     let image = inspection.image_path().and_then(|path| {
         let options = ImageOptions { read_only: true, direct: false, logical_block_bytes: 512 };
-        HostFile::open_image(Path::new(path), options).ok()?.identity().ok()
+        HostFile::open_image(Path::new(path), options).ok()
     });
-    Ok(inspection.findings(&Around { image, boot: crate::serve::boot_id().ok() }))
+    let mut around = Around { boot: crate::serve::boot_id().ok(), ..Around::default() };
+    if let Some(image) = &image {
+        around.image = image.identity().ok();
+        if let Ok(meanwhile) = image.meanwhile() {
+            (around.boot_began_ns, around.medium) = (meanwhile.boot_began_ns, Some(meanwhile.medium));
+        }
+        if let Ok(file) = image.as_fd().try_clone_to_owned().map(File::from) {
+            inspection.compare_image(|at, out| file.read_exact_at(out, at));
+        }
+    }
+    Ok(inspection.findings(&around))
 }
 
 fn write_dump(dump: &Dump) -> anyhow::Result<()> {

@@ -19,6 +19,7 @@ mod nbd;
 mod offered;
 mod overlays;
 mod picture;
+mod pulse;
 mod resize;
 mod serve;
 mod service;
@@ -72,6 +73,9 @@ fn plan_of_serve(serve: Serve) -> Result<Plan, String> {
     serve.doors.control.get_or_insert_with(control::paths::control_socket);
     serve.doors.nbd.get_or_insert_with(control::paths::nbd_socket);
     let store_limit = serve.store_limit;
+    if serve.assume_changed {
+        serve.disks.iter_mut().for_each(|disk| disk.assume_changed = true);
+    }
     Ok(Plan { disks: serve.disks, doors: serve.doors, front_end: FrontEnd::Sockets, store_limit })
 }
 

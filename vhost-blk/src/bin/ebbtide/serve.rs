@@ -17,7 +17,7 @@ use control::commands::OnOverflow;
 use control::{Event, EventHub, Listener, Server, paths};
 use cow_engine::group::{self, Admin};
 use cow_engine::host::{Access, Backing, Executor, HostDir, HostFile, HostStorage, ImageOptions, LockError};
-use cow_engine::{Budget, Disk, DiskOptions, ResetReason, StorePlan};
+use cow_engine::{Budget, Disk, DiskOptions, Meanwhile, ResetReason, StorePlan};
 use vhost_blk::{Cache, Connection, Device, DiscardMode, LogicalBlock, Options};
 
 use crate::args::Doors;
@@ -26,6 +26,7 @@ use crate::disk_spec::DiskSpec;
 use crate::maintenance::Upkeep;
 use crate::nbd::NbdServer;
 use crate::overlays::Overlays;
+use crate::pulse::Pulse;
 use crate::service::ControlService;
 use crate::space::Meter;
 use crate::stop::Stop;
@@ -87,7 +88,8 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     let hub = EventHub::new();
     let executor = Executor::new(16).context("cannot start an io_uring: this needs Linux 6.1 or later")?;
     let budget = Arc::new(Budget::new("the difference stores of all disks"));
-    let disks = open_disks(&executor, plan.disks, &hub, &budget)?;
+    let disks = Arc::new(open_disks(&executor, plan.disks, &hub, &budget)?);
+    let pulse = Pulse::start(disks.clone())?;
     budget.begin_limit(plan.store_limit);
 
     let catalog = Arc::new(Catalog::new(
@@ -106,7 +108,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         nbd.listen_tcp(listener).context("cannot start the NBD server")?;
     }
     let mut created = Vec::new();
-    for served in &disks {
+    for served in disks.iter() {
         let told = (hub.clone(), served.spec.name.clone(), stop.clone());
         let ends_with_front_end = matches!(plan.front_end, FrontEnd::Connected(_));
         served.device.on_connection(move |what| {
@@ -137,7 +139,6 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let disks = Arc::new(disks);
     let upkeep = Upkeep::new();
     let overlays = Arc::new(Overlays::new(disks.clone(), catalog.clone(), hub.clone()));
     overlays.resume();
@@ -183,6 +184,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     for path in created.iter().chain(&plan.doors.nbd) {
         let _ = std::fs::remove_file(path);
     }
+    drop(pulse);
     close(&executor, &disks)
 }
 
@@ -249,6 +251,7 @@ fn open_disk(
             }
         })
     };
+    let meanwhile = image.meanwhile().with_context(|| format!("cannot ask about {image_path}"))?;
     let options = DiskOptions {
         name: spec.name.clone(),
         identity: image.identity().with_context(|| format!("cannot ask about {image_path}"))?,
@@ -261,6 +264,7 @@ fn open_disk(
         merge_step: cow_engine::MERGE_STEP,
         store: StorePlan { areas: spec.store.clone(), limit: spec.store_limit, shared: budget.clone() },
         region_bytes: None,
+        meanwhile: Meanwhile { assume_changed: spec.assume_changed, ..meanwhile },
     };
     let opened = executor.block_on(Disk::open(&executor.storage(), options));
     let (disk, report) =
