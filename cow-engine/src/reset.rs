@@ -6,6 +6,7 @@
 //! the superblock has the new generation, and the next epoch   (durable, one write)
 //! generation and epoch in memory     (cannot fail)
 //! the gate opens
+//! the image is flushed               (what was changed before the beginning stays changed)
 //! the checkpoints' heads say why the old one ended
 //! ```
 //!
@@ -27,6 +28,10 @@
 //!
 //! A stop after the second line and before the last loses reasons only: that a checkpoint is of another
 //! generation is seen from its own.
+//!
+//! Were the image not flushed before the beginning is told, a stop of the host could take back a change of before, whose
+//! mark is of the old generation and whose region may be cold: the disk would differ from what it was at the
+//! beginning, without a mark. It is as with a snapshot, whose answer waits for a flush too.
 //!
 //! What made the log or the map doubtful stays so: a new generation does not make a failed flush good.
 //!
@@ -75,6 +80,8 @@ impl<S: Storage> Disk<S> {
         .await?;
         self.history.begin_generation(generation, next);
         drop(closed);
+        // A failure needs no answer: it is noted that a stop of the host ends this generation too.
+        let _ = self.flush(io).await;
         let began = Began { code: reason.code(), at_ns: now_ns() };
         *self.began.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
         self.checkpoints.end_generation(io, &self.dir, Some(ended), reason.code()).await;
