@@ -714,14 +714,16 @@ impl Oracle {
         std::mem::replace(&mut model.resetting, true)
     }
 
-    /// It began, with this instant.
-    pub fn reset(&mut self, disk: usize, id: ChangeId) {
+    /// It began, with this instant. `durable`: so is what was changed before it was asked for.
+    pub fn reset(&mut self, disk: usize, id: ChangeId, durable: bool) -> Verdict {
         let now = self.now();
         let model = &mut self.disks[disk];
         model.generation = Some((id.generation, now));
         model.generations.push(id.generation);
-        model.told.push(Told { id, begin: model.reset_at, end: now });
+        let begin = model.reset_at;
+        model.told.push(Told { id, begin, end: now });
         model.resetting = false;
+        if durable { self.flushed(disk, begin) } else { Ok(()) }
     }
 
     /// It was refused before anything was written.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use cow_engine::sim::Random;
 use cow_engine::{Error, group};
 
-use crate::work::{Shared, SimDisk};
+use crate::work::{Shared, SimDisk, judge};
 
 /// Begins a new generation of a disk, or is refused because a snapshot is held.
 pub(crate) async fn command(
@@ -35,7 +35,8 @@ pub(crate) async fn command(
                 let is_of_it = one.change_id().generation == before.generation;
                 assert!(!is_of_it || one.ended().as_deref() == Some("operator"), "{}", one.name());
             }
-            shared.oracle.borrow_mut().reset(at, id);
+            // With faults the flush may have failed, which ends the history when the host stops.
+            judge(shared.oracle.borrow_mut().reset(at, id, shared.strict));
         }
         Err(error) => {
             assert_eq!(disk.change_id(), before, "disk {at}: {error}");
