@@ -49,7 +49,7 @@ pub use self::snapshots::{
 };
 pub use self::store::{AreaInfo, MAX_HOLD_DEADLINE, OnOverflow, StoreAppend, StoreInfo, StoreLimit};
 pub use self::time::Timestamp;
-pub use self::tracking::{MarkRange, TrackerMark};
+pub use self::tracking::{MarkRange, QueryTracker, TrackerDetails, TrackerMark, TrackerReset};
 use crate::service::CommandError;
 
 /// The arguments of one verb, and what the verb answers.
@@ -86,6 +86,7 @@ pub const VERBS: &[&str] = &[
     QueryIncremental::NAME,
     QuerySnapshots::NAME,
     QueryStatus::NAME,
+    QueryTracker::NAME,
     QueryVersion::NAME,
     Quit::NAME,
     SnapshotClose::NAME,
@@ -96,6 +97,7 @@ pub const VERBS: &[&str] = &[
     StoreLimit::NAME,
     TrackerExport::NAME,
     TrackerMark::NAME,
+    TrackerReset::NAME,
 ];
 
 /// The answer of verbs that answer nothing: `{}`.

@@ -11,9 +11,9 @@ use crate::arguments;
 use crate::commands::{
     BlockResize, CheckpointCreate, CheckpointDelete, Command, CommandInfo, DiskRevert, NbdExportAdd,
     NbdExportDel, QmpCapabilities, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints, QueryCommands,
-    QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, QueryVersion, Quit,
-    SnapshotClose, SnapshotCreate, SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit, TrackerExport,
-    TrackerMark, VERBS, VersionInfo,
+    QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, QueryTracker, QueryVersion,
+    Quit, SnapshotClose, SnapshotCreate, SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit,
+    TrackerExport, TrackerMark, TrackerReset, VERBS, VersionInfo,
 };
 use crate::request::{Request, excerpt};
 use crate::service::{Answer, CommandError, ErrorClass, Service, reason};
@@ -81,8 +81,10 @@ fn serve(service: &dyn Service, request: &Request<'_>) -> Answer<Box<RawValue>> 
         SnapshotClose::NAME => answer(request, |a: SnapshotClose| service.snapshot_close(a)),
         BlockResize::NAME => answer(request, |a: BlockResize| service.block_resize(a)),
         QueryChangeMap::NAME => answer(request, |a: QueryChangeMap| service.query_change_map(a)),
+        QueryTracker::NAME => answer(request, |a: QueryTracker| service.query_tracker(a)),
         TrackerExport::NAME => answer(request, |a: TrackerExport| service.tracker_export(a)),
         TrackerMark::NAME => answer(request, |a: TrackerMark| service.tracker_mark(a)),
+        TrackerReset::NAME => answer(request, |a: TrackerReset| service.tracker_reset(a)),
         DiskRevert::NAME => answer(request, |a: DiskRevert| service.disk_revert(a)),
         StoreAppend::NAME => answer(request, |a: StoreAppend| service.store_append(a)),
         StoreLimit::NAME => answer(request, |a: StoreLimit| service.store_limit(a)),

@@ -121,7 +121,7 @@ pub enum Event {
         /// What will be full first: an area's path, `store-limit` or `daemon-limit`.
         bound_by: String,
     },
-    /// A disk's history could not be proved complete: the next backup must be a full one.
+    /// A disk's history could not be proved complete, or an operator ended it: the next backup must be a full one.
     TrackerReset {
         /// The disk.
         disk: String,

@@ -12,6 +12,7 @@ use self::table::{Align, Table, printable};
 use crate::commands::{
     BlockResized, ChangedBlocks, CheckpointCreated, CheckpointInfo, DiskInfo, ExportInfo, IncrementalInfo,
     OverlayInfo, RewindInfo, RunState, SnapshotCreated, SnapshotInfo, SnapshotState, StatusInfo,
+    TrackerDetails,
 };
 
 /// The answer of `query-status`, one fact a line.
@@ -76,6 +77,50 @@ pub fn disks(disks: &[DiskInfo]) -> String {
     }
     let rewinds = disks.iter().filter_map(|disk| Some(rewound(&disk.name, disk.rewind.as_ref()?)));
     table.finish() + &rewinds.collect::<String>()
+}
+
+/// The answer of `query-tracker`.
+pub fn trackers(trackers: &[TrackerDetails]) -> String {
+    if trackers.is_empty() {
+        return "no disks\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("DISK", Align::Left),
+        ("SIZE", Align::Right),
+        ("TRACKING", Align::Left),
+        ("CHANGE ID", Align::Left),
+        ("EPOCH", Align::Right),
+        ("BEGAN", Align::Left),
+        ("WHY", Align::Left),
+        ("MAP", Align::Right),
+        ("HOT REGIONS", Align::Right),
+        ("PRESUMED", Align::Right),
+        ("CHECKPOINTS", Align::Right),
+        ("IF THE HOST STOPS", Align::Left),
+    ]);
+    for one in trackers {
+        let outlook = match one {
+            TrackerDetails { on: false, .. } => "-",
+            TrackerDetails { at_risk: true, .. } => "changes may be lost: make a full backup now",
+            TrackerDetails { ends_with_host: true, .. } => "the history ends",
+            _ => "the history goes on",
+        };
+        table.row(vec![
+            one.disk.clone(),
+            size(one.size),
+            if one.on { size(one.block_size) } else { "off".to_owned() },
+            if one.on { one.change_id.clone() } else { "-".to_owned() },
+            one.epoch.to_string(),
+            one.began.map_or_else(|| "-".to_owned(), |began| began.to_string()),
+            one.reason.clone(),
+            size(one.map_bytes),
+            one.hot_regions.to_string(),
+            size(one.presumed_bytes),
+            one.checkpoints.to_string(),
+            outlook.to_owned(),
+        ]);
+    }
+    table.finish()
 }
 
 /// The answer of `disk-revert` for `disk`.

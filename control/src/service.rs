@@ -13,9 +13,10 @@ use crate::commands::{
     AreaInfo, BlockResize, BlockResized, ChangeMap, ChangedBlocks, CheckpointCreate, CheckpointCreated,
     CheckpointDelete, CheckpointDeleted, CheckpointInfo, DiskInfo, DiskRevert, ExportInfo, IncrementalInfo,
     NbdExportAdd, NbdExportDel, Nothing, OverlayInfo, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints,
-    QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, RewindInfo, SnapshotClose,
-    SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotOpen, StatusInfo,
-    StoreAppend, StoreLimit, TrackerExport, TrackerExported, TrackerMark,
+    QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, QueryTracker, RewindInfo,
+    SnapshotClose, SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo,
+    SnapshotOpen, StatusInfo, StoreAppend, StoreLimit, TrackerDetails, TrackerExport, TrackerExported,
+    TrackerMark, TrackerReset,
 };
 
 /// What a verb answers.
@@ -77,6 +78,12 @@ pub trait Service: Send + Sync + 'static {
 
     /// Marks ranges as changed, for the next instant.
     fn tracker_mark(&self, arguments: TrackerMark) -> Answer<Nothing>;
+
+    /// Begins a new generation of a disk's history.
+    fn tracker_reset(&self, arguments: TrackerReset) -> Answer<TrackerDetails>;
+
+    /// How the trackers of one disk or of all are.
+    fn query_tracker(&self, arguments: QueryTracker) -> Answer<Vec<TrackerDetails>>;
 
     /// How recently, and how much, each part of a disk has changed.
     fn query_change_map(&self, arguments: QueryChangeMap) -> Answer<ChangeMap>;
@@ -191,6 +198,8 @@ pub mod reason {
     pub const DISK_IN_USE: &str = "disk-in-use";
     /// A rewind of the disk is under way; wait until it is complete.
     pub const REWIND_ACTIVE: &str = "rewind-active";
+    /// Snapshots of the disk are held; delete them first.
+    pub const SNAPSHOTS_HELD: &str = "snapshots-held";
     /// The disk had another size at the snapshot's instant.
     pub const CAPACITY_DIFFERS: &str = "capacity-differs";
     /// No checkpoint of that name on that disk.

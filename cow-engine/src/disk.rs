@@ -33,11 +33,13 @@ use crate::gate::{Gate, Lane};
 use crate::index::Key;
 use crate::intent::Intent;
 use crate::memory::{AlignedBuf, Source, Target};
+use crate::open::ResetReason;
 use crate::overflow::{GiveUp, Holds, Stuck};
 use crate::overlay::Overlays;
 use crate::preserve::preserve;
 use crate::rewind;
 use crate::snapshot::Snapshot;
+use crate::status::Began;
 use crate::storage::{Durability, Storage, Zeroing};
 use crate::store::Store;
 use crate::tracker::{Control, History, Tracker};
@@ -65,6 +67,15 @@ pub enum Event {
         snapshot: String,
         /// Bytes that are to be copied back.
         bytes: u64,
+    },
+    /// A new generation began while the disk was served: incremental backups begin anew.
+    TrackerReset {
+        /// The disk.
+        disk: String,
+        /// The beginning of the generation.
+        change_id: ChangeId,
+        /// Why.
+        reason: ResetReason,
     },
     /// Everything is copied back.
     RewindCompleted {
@@ -154,8 +165,8 @@ pub struct Disk<S: Storage> {
     pub(crate) overlays: Overlays<S>,
     /// Instants that have a name.
     pub(crate) checkpoints: Checkpoints,
-    /// Why the generation began, as a stable code, if it did when the disk was opened.
-    pub(crate) began: Option<&'static str>,
+    /// Why the generation began, if it did since the disk was opened.
+    pub(crate) began: Mutex<Option<Began>>,
     pub(crate) superblock: Mutex<Superblock>,
     /// Who writes it.
     pub(crate) superblock_writer: Claims,
@@ -194,7 +205,9 @@ impl<S: Storage> Disk<S> {
     /// The last instant that was taken, or the beginning of the generation: what changed since
     /// then is what is marked in the current epoch.
     pub fn change_id(&self) -> ChangeId {
-        ChangeId { generation: self.history.generation, epoch: self.history.epoch().previous() }
+        // The epoch first: the new one with the old generation would be an instant that never was.
+        let epoch = self.history.epoch().previous();
+        ChangeId { generation: self.history.generation(), epoch }
     }
 
     /// A counter for one more queue, or other source of changes.
@@ -455,7 +468,7 @@ impl<S: Storage> Disk<S> {
             Ok(())
         };
         // A snapshot of another generation is asked for its content, never for its changes.
-        let wanted = snapshot.tracked && snapshot.generation == self.history.generation;
+        let wanted = snapshot.tracked && snapshot.generation == self.history.generation();
         let known = tracker.pages_of(ByteRange::new(0, snapshot.capacity)).end;
         for page in tracker.pages_of(range) {
             if tracker.is_page_open(page, epoch) {

@@ -225,6 +225,14 @@ pub enum Error {
         /// Bytes that it shall have.
         size: u64,
     },
+    /// Snapshots are held, of which the changes are still to be told.
+    #[error("disk '{disk}' holds snapshot '{snapshot}': delete its snapshots first")]
+    SnapshotsHeld {
+        /// The disk.
+        disk: String,
+        /// One of them.
+        snapshot: String,
+    },
     /// There is a checkpoint of this name already.
     #[error("disk '{disk}' has a checkpoint '{name}' already")]
     CheckpointExists {
@@ -471,6 +479,7 @@ impl Error {
             Self::Shrink { .. } => "shrink",
             Self::ImageLength { .. } => "image-length",
             Self::ResizeUnfinished { .. } => "resize-unfinished",
+            Self::SnapshotsHeld { .. } => "snapshots-held",
             Self::CheckpointExists { .. } => "checkpoint-exists",
             Self::NoSuchCheckpoint { .. } => "no-such-checkpoint",
             Self::CheckpointDamaged { .. } => "checkpoint-damaged",

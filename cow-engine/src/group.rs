@@ -164,7 +164,7 @@ async fn prepare<S: Storage>(
         state: SnapshotState::Prepared,
         disk: disk.id,
         group,
-        generation: disk.history.generation,
+        generation: disk.history.generation(),
         epoch,
         tracked: disk.tracker.is_some(),
         capacity: disk.capacity(),

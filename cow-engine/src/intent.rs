@@ -528,6 +528,11 @@ impl<S: Storage> Intent<S> {
             .map_err(Error::io("writing to the intent log"))
     }
 
+    /// Bytes of a region.
+    pub(crate) fn region_bytes(&self) -> u64 {
+        1 << self.shift
+    }
+
     /// The ranges of the first `capacity` bytes that are hot, ascending.
     pub(crate) fn hot_ranges(&self, capacity: u64) -> Vec<ByteRange> {
         let count = capacity.div_ceil(1 << self.shift);

@@ -41,7 +41,7 @@ use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
 use crate::claims::Claims;
-use crate::disk::{Disk, EventSink, with_sources};
+use crate::disk::{Disk, EventSink, now_ns, with_sources};
 use crate::error::Error;
 use crate::format::{self, Broken, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
 use crate::gate::Gate;
@@ -52,6 +52,7 @@ use crate::overflow::Holds;
 use crate::overlay::{Left, Overlays};
 use crate::rewind::{self, NO_REWIND};
 use crate::snapshot::Snapshot;
+use crate::status::Began;
 use crate::storage::{Durability, Storage};
 use crate::store::{Budget, Store};
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
@@ -125,6 +126,8 @@ pub enum ResetReason {
     HandedOver,
     /// The operator says that the image was changed.
     AssumedChanged,
+    /// An operator asked for it; see [`Disk::reset_tracking`].
+    Operator,
 }
 
 impl ResetReason {
@@ -140,6 +143,7 @@ impl ResetReason {
             Self::EpochsExhausted => "epochs-exhausted",
             Self::HandedOver => "handed-over",
             Self::AssumedChanged => "assumed-changed",
+            Self::Operator => "operator",
         }
     }
 }
@@ -156,6 +160,7 @@ impl fmt::Display for ResetReason {
             Self::EpochsExhausted => "the numbers of epochs were running out",
             Self::HandedOver => "the history was exported, and goes on elsewhere",
             Self::AssumedChanged => "the operator says that the image was changed while no daemon served it",
+            Self::Operator => "an operator asked for it",
         })
     }
 }
@@ -426,7 +431,7 @@ impl<S: Storage> Disk<S> {
             holds: Holds::default(),
             overlays,
             checkpoints,
-            began: report.reset.as_ref().map(ResetReason::code),
+            began: Mutex::new(report.reset.as_ref().map(|why| Began { code: why.code(), at_ns: now_ns() })),
             superblock: Mutex::new(next),
             superblock_writer: Claims::default(),
             superblock_file: file,

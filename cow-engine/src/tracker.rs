@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
+use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Cells, Epoch, Generation, Map, PAGE_BYTES, PageIndex};
 
 use crate::format::checksum;
@@ -250,13 +251,25 @@ impl<C: Cells> Tracker<C> {
 
 /// Generation and epoch of a disk.
 pub(crate) struct History {
-    pub(crate) generation: Generation,
+    generation: ArcSwap<Generation>,
     epoch: AtomicU32,
 }
 
 impl History {
     pub(crate) fn new(generation: Generation, epoch: Epoch) -> Self {
-        Self { generation, epoch: AtomicU32::new(epoch.get()) }
+        Self { generation: ArcSwap::from_pointee(generation), epoch: AtomicU32::new(epoch.get()) }
+    }
+
+    /// The unbroken history that now runs.
+    pub(crate) fn generation(&self) -> Generation {
+        **self.generation.load()
+    }
+
+    /// Begins a generation with `epoch`. The gate is closed. Who looks meanwhile without a pass may see it
+    /// with the old epoch, which is an instant before its beginning: more than what changed.
+    pub(crate) fn begin_generation(&self, generation: Generation, epoch: Epoch) {
+        self.generation.store(Arc::new(generation));
+        self.begin(epoch);
     }
 
     /// The epoch in which changes are marked now. Changes inside the gate see one value.

@@ -238,7 +238,7 @@ impl<S: Storage> View<S> {
 
     /// The tracker, if it knows this snapshot's history.
     fn tracked(&self) -> Result<Arc<crate::tracker::Tracker<S::Cells>>, Error> {
-        let same = self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation;
+        let same = self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation();
         match &self.disk.tracker {
             Some(tracker) if same => Ok(tracker.load_full()),
             _ => Err(Error::NotTracked { disk: self.disk.name.clone() }),

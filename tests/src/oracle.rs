@@ -228,6 +228,12 @@ pub struct DiskModel {
     presumed: Vec<(u64, u64)>,
     /// The generation and when it began.
     pub generation: Option<(Generation, u64)>,
+    /// When the map was cleared last: a new generation that began while the disk was served keeps older marks.
+    cleared: u64,
+    /// A new generation may be on the medium that nobody was told of.
+    pub resetting: bool,
+    /// When the last one was asked for.
+    reset_at: u64,
     /// The block size, if changes are tracked.
     pub grid: Option<BlockGrid>,
 }
@@ -279,6 +285,9 @@ impl Oracle {
             generations: Vec::new(),
             presumed: Vec::new(),
             generation: None,
+            cleared: 0,
+            resetting: false,
+            reset_at: 0,
             grid: None,
         });
     }
@@ -685,12 +694,41 @@ impl Oracle {
         if model.generation.is_none_or(|(held, _)| held != generation) {
             model.generation = Some((generation, now));
             model.generations.push(generation);
+            if !model.resetting {
+                model.cleared = now;
+            }
             self.touch_reverted(disk, now);
         }
         let model = &mut self.disks[disk];
+        model.resetting = false;
         model.grid = grid;
         model.refused = None;
         self.note_attempt(disk);
+    }
+
+    /// A new generation of a disk that is served is asked for; whether an earlier one may be on the medium.
+    pub fn begin_reset(&mut self, disk: usize) -> bool {
+        let now = self.now();
+        let model = &mut self.disks[disk];
+        model.reset_at = now;
+        std::mem::replace(&mut model.resetting, true)
+    }
+
+    /// It began, with this instant. `durable`: so is what was changed before it was asked for.
+    pub fn reset(&mut self, disk: usize, id: ChangeId, durable: bool) -> Verdict {
+        let now = self.now();
+        let model = &mut self.disks[disk];
+        model.generation = Some((id.generation, now));
+        model.generations.push(id.generation);
+        let begin = model.reset_at;
+        model.told.push(Told { id, begin, end: now });
+        model.resetting = false;
+        if durable { self.flushed(disk, begin) } else { Ok(()) }
+    }
+
+    /// It was refused before anything was written.
+    pub fn not_reset(&mut self, disk: usize, earlier: bool) {
+        self.disks[disk].resetting = earlier;
     }
 
     /// The disk was opened and counts regions of so many bytes as changed, because the host had stopped.
@@ -859,7 +897,7 @@ impl Oracle {
             Some(told) => (told.begin, told.end),
             None => {
                 let start = model.generation.map_or(0, |(_, start)| start);
-                (start, start)
+                (model.cleared, start)
             }
         };
         let Some(grid) = model.grid else { return fail("the disk is not tracked".into()) };

@@ -18,6 +18,8 @@ mod moves;
 mod overlays;
 #[path = "sim/readers.rs"]
 mod readers;
+#[path = "sim/resets.rs"]
+mod resets;
 #[path = "sim/rewinds.rs"]
 mod rewinds;
 #[path = "sim/rig.rs"]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::checks::bad_argument;
-use super::{Command, Nothing};
+use super::{Command, Nothing, Timestamp};
 use crate::service::CommandError;
 
 /// Ranges that one call may name.
@@ -51,6 +51,78 @@ impl Command for TrackerMark {
             }
         }
     }
+}
+
+/// Begins a new generation, while the disk is served: the next backup is a full one. For when the tracker or a
+/// chain of backups is not to be trusted.
+///
+/// Change ids and checkpoints of the generation that ends are refused from then on, with the reason `operator`.
+/// Refused while snapshots are held, or a rewind or a resize is under way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TrackerReset {
+    /// The disk's name.
+    pub disk: String,
+}
+
+impl Command for TrackerReset {
+    const NAME: &'static str = "tracker-reset";
+    type Answer = TrackerDetails;
+}
+
+/// Asks how the trackers of one disk or of all are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct QueryTracker {
+    /// The disk's name; all disks if not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+}
+
+impl Command for QueryTracker {
+    const NAME: &'static str = "query-tracker";
+    type Answer = Vec<TrackerDetails>;
+}
+
+/// How the tracker of a disk is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TrackerDetails {
+    /// The disk's name.
+    pub disk: String,
+    /// Whether changes are recorded.
+    pub on: bool,
+    /// The UUID of the unbroken history that now runs.
+    pub generation: String,
+    /// The epoch that writes are now marked with.
+    pub epoch: u64,
+    /// The last completed epoch as a change id, `GENERATION/EPOCH`.
+    pub change_id: String,
+    /// Unit of tracking in bytes; 0 if changes are not recorded.
+    pub block_size: u64,
+    /// Capacity of the disk in bytes.
+    pub size: u64,
+    /// Bytes that the change map takes in the state directory.
+    pub map_bytes: u64,
+    /// Bytes of a region of the intent log.
+    pub region_size: u64,
+    /// Regions in which marks may not be on their medium yet.
+    pub hot_regions: u64,
+    /// Bytes that would count as changed if the host stopped now.
+    pub presumed_bytes: u64,
+    /// A stop of the host now may lose changes and nobody would notice: make a full backup, or restart the
+    /// daemon.
+    pub at_risk: bool,
+    /// If the host stops before a new start of the daemon after a reboot, the generation ends, and the next
+    /// backup must be a full one.
+    pub ends_with_host: bool,
+    /// When the generation began, if it did since the daemon started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began: Option<Timestamp>,
+    /// Why it began, as a stable code; `kept` if it was there when the daemon started.
+    pub reason: String,
+    /// Checkpoints of the disk.
+    pub checkpoints: u32,
 }
 
 #[cfg(test)]

@@ -92,6 +92,36 @@ repair   s1        vda   12 KiB  yes         1  connected  vda@s1/repair  /run/r
     assert!(snapshots(&[snapshot]).ends_with(expected));
 }
 
+#[test]
+fn a_tracker_says_what_a_stop_of_the_host_does() {
+    let one = TrackerDetails {
+        disk: "vda".to_owned(),
+        on: true,
+        change_id: "g/1".to_owned(),
+        epoch: 2,
+        block_size: 65_536,
+        size: 1 << 30,
+        map_bytes: 69_632,
+        hot_regions: 3,
+        presumed_bytes: 3 << 20,
+        began: Some(TIME),
+        reason: "operator".to_owned(),
+        checkpoints: 1,
+        ..Default::default()
+    };
+    let expected = "\
+DISK   SIZE  TRACKING  CHANGE ID  EPOCH  BEGAN                 WHY          MAP  HOT REGIONS  PRESUMED  CHECKPOINTS  IF THE HOST STOPS
+vda   1 GiB  64 KiB    g/1            2  2026-11-22 15:51:12Z  operator  68 KiB            3     3 MiB            1  the history goes on
+";
+    assert_eq!(trackers(std::slice::from_ref(&one)), expected);
+    let ends = TrackerDetails { ends_with_host: true, ..one };
+    assert!(trackers(std::slice::from_ref(&ends)).ends_with("the history ends\n"));
+    let risk = TrackerDetails { at_risk: true, ..ends };
+    assert!(trackers(std::slice::from_ref(&risk)).ends_with("make a full backup now\n"));
+    let off = TrackerDetails { on: false, ..risk };
+    assert!(trackers(&[off]).ends_with("  -\n"));
+}
+
 fn overlay() -> OverlayInfo {
     OverlayInfo {
         disk: "vda".to_owned(),

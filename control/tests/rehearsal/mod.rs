@@ -268,6 +268,14 @@ impl Service for Rehearsal {
         Err(CommandError::generic(reason::NOT_MOVABLE, text))
     }
 
+    fn query_tracker(&self, _: QueryTracker) -> Answer<Vec<TrackerDetails>> {
+        Ok(Vec::new())
+    }
+
+    fn tracker_reset(&self, reset: TrackerReset) -> Answer<TrackerDetails> {
+        Ok(TrackerDetails { disk: reset.disk, ..Default::default() })
+    }
+
     fn tracker_mark(&self, _: TrackerMark) -> Answer<Nothing> {
         Ok(Nothing {})
     }

@@ -287,7 +287,7 @@ impl<S: Storage> Disk<S> {
         };
         let sample = Sample {
             disk: self.id,
-            generation: self.history.generation.to_bytes(),
+            generation: self.history.generation().to_bytes(),
             seed,
             capacity,
             medium: self.meanwhile.medium,

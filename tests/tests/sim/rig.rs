@@ -216,6 +216,7 @@ impl<'a> Rig<'a> {
             places: specs.iter().map(|spec| spec.places).collect(),
             unmap_works,
             // What of a resize that was cut off is lost with a superblock the oracle does not follow.
+            resets: if profile.damage { 0 } else { *random.pick(&[0, 3, 10]) },
             resizes: if profile.damage { 0 } else { *random.pick(&[0, 4, 12]) },
             next_name: Cell::new(0),
             hunted: Cell::new(None),
@@ -468,6 +469,7 @@ impl<'a> Rig<'a> {
                 // A superblock that was being written is torn; what came of that may be cut off as well.
                 let torn = report.reset == Some(ResetReason::Damaged) || spec.attempts > 0;
                 let torn = torn && spec.power || spec.damaged;
+                let torn = torn || oracle.disks[at].resetting;
                 let may = must || torn || spec.other_block || self.profile.faults && spec.power;
                 assert!(!must || before != generation, "disk {at}: the generation goes on: {report:?}");
                 assert!(may || before == generation, "disk {at}: the generation was dropped: {report:?}");

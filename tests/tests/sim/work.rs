@@ -15,7 +15,7 @@ use cow_engine::{AreaSpec, Disk, Durability, Error, Lane, OnOverflow, Terms, Vie
 use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
 use ebbtide_tests::overlay_oracle::OverlayOracle;
 
-use crate::{checkpoints, overlays, readers, rewinds};
+use crate::{checkpoints, overlays, readers, resets, rewinds};
 
 pub(crate) type SimDisk = Arc<Disk<SimStorage>>;
 
@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     pub(crate) unmap_works: bool,
     /// One command in so many makes a disk larger; 0 for none.
     pub(crate) resizes: u64,
+    /// One command in so many begins a new generation; 0 for none.
+    pub(crate) resets: u64,
     /// Snapshots whose deletion was commanded.
     pub(crate) let_go: RefCell<BTreeSet<String>>,
     /// State files are damaged between lives.
@@ -365,6 +367,8 @@ pub(crate) async fn administrator(
         };
         if random.one_in(shared.resizes) {
             resize(&shared, &mut admin, &disks, &mut random).await;
+        } else if random.one_in(shared.resets) {
+            resets::command(&shared, &mut admin, &disks, &mut random).await;
         } else if random.one_in(shared.checkpoints) {
             checkpoints::command(&shared, &mut admin, &disks, &mut random).await;
         } else if !held.is_empty() && random.one_in(4) {

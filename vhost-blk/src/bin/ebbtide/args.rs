@@ -267,6 +267,20 @@ pub(crate) struct Dump {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TrackerCommand {
+    /// Tell how the trackers are, and what a stop of the host would do to them
+    Show {
+        /// The disk; all if not said
+        disk: Option<String>,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Begin a new generation of a disk that is served: the next backup is a full one
+    Reset {
+        /// The disk
+        disk: String,
+        #[command(flatten)]
+        query: Query,
+    },
     /// Export the history of a disk that no daemon uses, and hand the disk over: opened here again, it begins anew
     Export {
         /// The state directory, such as IMAGE.ebb

@@ -9,8 +9,9 @@ use std::time::Duration;
 use control::commands::{
     BlockResize, CheckpointCreate, CheckpointDelete, Command as Verb, DiskRevert, MarkRange, NbdExportAdd,
     NbdExportDel, PageLimit, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints, QueryDisks, QueryExports,
-    QueryIncremental, QuerySnapshots, QueryStatus, SnapshotClose, SnapshotCreate, SnapshotDelete,
-    SnapshotOpen, StoreAppend, StoreLimit, TrackerExport, TrackerMark,
+    QueryIncremental, QuerySnapshots, QueryStatus, QueryTracker, SnapshotClose, SnapshotCreate,
+    SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit, TrackerDetails, TrackerExport, TrackerMark,
+    TrackerReset,
 };
 use control::{Client, ClientError, paths, render};
 use serde::Serialize;
@@ -55,6 +56,13 @@ fn answer(command: Command) -> Result<String, ClientError> {
             // The daemon has another working directory.
             let file = std::path::absolute(&file).unwrap_or(file).display().to_string();
             call(&query, &TrackerExport { disk, file }, crate::moves::exported)
+        }
+        Command::Tracker(TrackerCommand::Show { disk, query }) => {
+            call(&query, &QueryTracker { disk }, |all| render::trackers(all))
+        }
+        Command::Tracker(TrackerCommand::Reset { disk, query }) => {
+            let text = |now: &TrackerDetails| format!("A new generation begins with {}\n", now.change_id);
+            call(&query, &TrackerReset { disk }, text)
         }
         Command::Tracker(_) => unreachable!("they talk to no daemon"),
         Command::Disks(query) => call(&query, &QueryDisks {}, |all| render::disks(all)),

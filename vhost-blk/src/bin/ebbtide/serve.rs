@@ -10,7 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use control::commands::OnOverflow;
@@ -71,8 +71,6 @@ pub(crate) struct Served {
     pub(crate) device: Arc<Device<Arc<Disk<HostStorage>>>>,
     pub(crate) image_path: String,
     pub(crate) state: PathBuf,
-    /// Why and when this daemon began a new generation, if it did.
-    pub(crate) reset: Option<(ResetReason, SystemTime)>,
     /// How full its difference store gets.
     pub(crate) meter: Meter,
     /// Held while the daemon runs.
@@ -269,12 +267,11 @@ fn open_disk(
     let opened = executor.block_on(Disk::open(&executor.storage(), options));
     let (disk, report) =
         opened.with_context(|| format!("cannot use the state directory {}", state.display()))?;
-    let reset = report.reset.clone().map(|reason| (reason, SystemTime::now()));
     tell(&spec.name, &disk, &report, hub);
     let device = Device::new(disk.clone(), device_options(&spec))
         .with_context(|| format!("cannot offer the disk '{}'", spec.name))?;
     let meter = Meter::new(budget.clone(), disk.store_budget().used());
-    Ok(Served { spec, disk, device, image_path, state, reset, meter, _state_lock: state_lock })
+    Ok(Served { spec, disk, device, image_path, state, meter, _state_lock: state_lock })
 }
 
 /// The engine's event in the control plane's words.
@@ -287,6 +284,12 @@ fn translate(event: cow_engine::Event) -> Option<Event> {
         Engine::CheckpointDamaged { disk, checkpoint, reason } => {
             Event::CheckpointDamaged { name: checkpoint, disk, desc: reason }
         }
+        Engine::TrackerReset { disk, change_id, reason } => Event::TrackerReset {
+            disk,
+            generation: change_id.generation.to_string(),
+            reason: reason.code().to_owned(),
+            desc: reason.to_string(),
+        },
         Engine::RewindStarted { disk, snapshot, bytes } => Event::RewindStarted { disk, snapshot, bytes },
         Engine::RewindCompleted { disk, snapshot } => Event::RewindCompleted { disk, snapshot },
         Engine::RewindFailed { disk, snapshot, reason } => {

@@ -11,16 +11,17 @@ use control::commands::{
     CheckpointDelete, CheckpointDeleted, CheckpointInfo, DiskInfo, DiskRevert, ExportInfo, IncrementalInfo,
     IoCounters, MarkRange, NbdExportAdd, NbdExportDel, Nothing, OnOverflow, OverlayInfo, QueryChangeMap,
     QueryChangedBlocks, QueryCheckpoints, QueryDisks, QueryExports, QueryIncremental, QuerySnapshots,
-    QueryStatus, RewindInfo, RunState, SnapshotClose, SnapshotCreate, SnapshotCreated, SnapshotDelete,
-    SnapshotDeleted, SnapshotInfo, SnapshotOpen, SnapshotPoint, SnapshotState, StatusInfo, StoreAppend,
-    StoreLimit, Timestamp, TrackerExport, TrackerExported, TrackerInfo, TrackerMark,
+    QueryStatus, QueryTracker, RewindInfo, RunState, SnapshotClose, SnapshotCreate, SnapshotCreated,
+    SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotOpen, SnapshotPoint, SnapshotState, StatusInfo,
+    StoreAppend, StoreLimit, Timestamp, TrackerDetails, TrackerExport, TrackerExported, TrackerInfo,
+    TrackerMark, TrackerReset,
 };
 use control::service::{Answer, reason};
 use control::{CommandError, Event, EventHub, Service};
-use cow_engine::cbt::ByteRange;
+use cow_engine::cbt::{BlockGrid, ByteRange};
 use cow_engine::group;
 use cow_engine::host::{Executor, HostStorage};
-use cow_engine::{AreaSpec, Budget, Disk, Error, Snapshot, Terms};
+use cow_engine::{AreaSpec, Began, Budget, Disk, Error, Snapshot, Terms};
 
 use crate::args::is_part;
 use crate::catalog::{Catalog, no_disk};
@@ -284,6 +285,20 @@ impl Service for ControlService {
         crate::resize::resize(served, &mut self.upkeep.admin(), &arguments)
     }
 
+    fn tracker_reset(&self, arguments: TrackerReset) -> Answer<TrackerDetails> {
+        let disk = &self.served(&arguments.disk)?.disk;
+        let mut admin = self.upkeep.admin();
+        on_ring(async |io| disk.reset_tracking(&mut admin, &io, group::GATE_DEADLINE).await)?;
+        Ok(describe_tracker(disk))
+    }
+
+    fn query_tracker(&self, arguments: QueryTracker) -> Answer<Vec<TrackerDetails>> {
+        match &arguments.disk {
+            Some(name) => Ok(vec![describe_tracker(&self.served(name)?.disk)]),
+            None => Ok(self.disks.iter().map(|served| describe_tracker(&served.disk)).collect()),
+        }
+    }
+
     fn tracker_mark(&self, arguments: TrackerMark) -> Answer<Nothing> {
         let disk = &self.served(&arguments.disk)?.disk;
         let range = |range: &MarkRange| ByteRange::at(range.offset, range.length);
@@ -331,7 +346,7 @@ fn describe(served: &Served) -> DiskInfo {
     let (disk, spec, counted) = (&served.disk, &served.spec, served.device.counters());
     let snapshots = disk.snapshots();
     let held = snapshots.iter().map(|snapshot| snapshot.bytes_held()).sum();
-    let change_id = disk.change_id();
+    let (change_id, began) = (disk.change_id(), disk.generation_began());
     DiskInfo {
         name: spec.name.clone(),
         image: served.image_path.clone(),
@@ -350,8 +365,8 @@ fn describe(served: &Served) -> DiskInfo {
             epoch: u64::from(change_id.epoch.get()) + 1,
             change_id: change_id.to_string(),
             block_size: disk.block_grid().map_or(0, |grid| grid.bytes()),
-            began: served.reset.as_ref().map(|(_, at)| Timestamp::from(*at)),
-            reason: served.reset.as_ref().map_or("kept", |(reason, _)| reason.code()).to_owned(),
+            began: began.map(|began| Timestamp::from(time_at(began.at_ns))),
+            reason: reason_of(began),
         },
         io: IoCounters {
             reads: counted.reads,
@@ -380,7 +395,37 @@ fn rewind_info(rewind: cow_engine::RewindInfo) -> RewindInfo {
 
 /// When a snapshot was taken.
 pub(crate) fn time_of(snapshot: &Snapshot<HostStorage>) -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_nanos(snapshot.created_ns())
+    time_at(snapshot.created_ns())
+}
+
+fn time_at(ns: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(ns)
+}
+
+fn reason_of(began: Option<Began>) -> String {
+    began.map_or("kept", |began| began.code).to_owned()
+}
+
+fn describe_tracker(disk: &Disk<HostStorage>) -> TrackerDetails {
+    let status = disk.tracker_status();
+    TrackerDetails {
+        disk: disk.name().to_owned(),
+        on: status.grid.is_some(),
+        generation: status.change_id.generation.to_string(),
+        epoch: u64::from(status.epoch.get()),
+        change_id: status.change_id.to_string(),
+        block_size: status.grid.map_or(0, BlockGrid::bytes),
+        size: status.capacity,
+        map_bytes: status.map_bytes,
+        region_size: status.region_bytes,
+        hot_regions: status.hot_regions,
+        presumed_bytes: status.presumed_bytes,
+        at_risk: status.at_risk,
+        ends_with_host: status.ends_with_host,
+        began: status.began.map(|began| Timestamp::from(time_at(began.at_ns))),
+        reason: reason_of(status.began),
+        checkpoints: count(status.checkpoints),
+    }
 }
 
 /// The engine's error in the control plane's words.
@@ -403,6 +448,7 @@ pub(crate) fn explain(error: Error) -> CommandError {
         Error::OverlayExists { .. } => CommandError::generic(reason::OVERLAY_EXISTS, text),
         Error::GateTimeout { .. } => CommandError::generic(reason::GATE_TIMEOUT, text),
         Error::RewindActive { .. } => CommandError::generic(reason::REWIND_ACTIVE, text),
+        Error::SnapshotsHeld { .. } => CommandError::generic(reason::SNAPSHOTS_HELD, text),
         Error::CapacityDiffers { .. } => CommandError::generic(reason::CAPACITY_DIFFERS, text),
         Error::NotTracked { .. } => CommandError::generic(reason::TRACKING_OFF, text),
         Error::AreaRefused { .. } => CommandError::generic(reason::STORE_REFUSED, text),

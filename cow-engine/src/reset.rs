@@ -1,0 +1,109 @@
+//! A new generation while the disk is served: an operator's word that what is known of changes shall not be
+//! relied on.
+//!
+//! ```text
+//! the gate closes                    (changes in flight end; nobody marks)
+//! the superblock has the new generation, and the next epoch   (durable, one write)
+//! generation and epoch in memory     (cannot fail)
+//! the gate opens
+//! the image is flushed               (what was changed before the beginning stays changed)
+//! the checkpoints' heads say why the old one ended
+//! ```
+//!
+//! The superblock is replaced by one write of the copy that is not in use, so a stop leaves the old generation
+//! or the new one. Both have the map that they need, for it is not touched: epochs go on counting. A mark of the
+//! old generation has a lower epoch than any instant that the new one tells, so nothing of it is in an answer
+//! since such an instant. The beginning of the new generation is the epoch before its first: changes since
+//! then are those of the new generation, all of them, since the first of its epochs began behind the closed
+//! gate. Only who asks for everything that was ever marked (epoch 0, which no instant has) gets the old marks
+//! too: that is more than what changed, and never less. So no map is cleared under a valid generation, and
+//! *resetting* is not needed. What a stop of the host would presume to be changed is marked in the epoch that
+//! the superblock says, which is the new generation's.
+//!
+//! The epoch is in the same write as the generation: a start that found the new generation with the old epoch would
+//! mark changes in an epoch that lies at or before the beginning that was told.
+//!
+//! If the write fails, the old generation goes on, though the medium may have the new one: a start that finds it there
+//! serves it, and nobody was told an instant of it. The next write of the superblock goes over the same copy.
+//!
+//! A stop after the second line and before the last loses reasons only: that a checkpoint is of another
+//! generation is seen from its own.
+//!
+//! Were the image not flushed before the beginning is told, a stop of the host could take back a change of before, whose
+//! mark is of the old generation and whose region may be cold: the disk would differ from what it was at the
+//! beginning, without a mark. It is as with a snapshot, whose answer waits for a flush too.
+//!
+//! What made the log or the map doubtful stays so: a new generation does not make a failed flush good.
+//!
+//! Price: guests' changes wait for one flush of one page.
+//! Absent: switching tracking on and off, and another size of blocks: the next start does that.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use cbt::{ChangeId, Generation};
+
+use crate::disk::{Disk, Event, now_ns};
+use crate::error::Error;
+use crate::group::Admin;
+use crate::open::ResetReason;
+use crate::status::Began;
+use crate::storage::Storage;
+
+impl<S: Storage> Disk<S> {
+    /// Begins a new generation; its beginning as a change id. Change ids and checkpoints of the old one are good for
+    /// nothing from then on, but for comparing two checkpoints of it.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], [`Error::SnapshotsHeld`], [`Error::RewindActive`], [`Error::ResizeUnfinished`],
+    /// [`Error::HandedOver`], [`Error::EpochsExhausted`]; [`Error::GateTimeout`] if changes in flight did not end
+    /// within `deadline`; those of the superblock. After an error the old generation goes on.
+    pub async fn reset_tracking(
+        &self,
+        _admin: &mut Admin,
+        io: &S,
+        deadline: Duration,
+    ) -> Result<ChangeId, Error> {
+        self.check_resettable()?;
+        let reason = ResetReason::Operator;
+        let ended = self.history.generation();
+        let began = self.history.epoch().max(self.superblock_now().epoch);
+        let next = began.next().ok_or_else(|| Error::EpochsExhausted { disk: self.name.clone() })?;
+        let generation = Generation::random();
+        let Some(closed) = self.gate.close_within(io, deadline).await else {
+            return Err(Error::GateTimeout { disk: self.name.clone(), seconds: deadline.as_secs() });
+        };
+        self.write_superblock(io, |superblock| {
+            superblock.generation = generation;
+            superblock.epoch = next;
+        })
+        .await?;
+        self.history.begin_generation(generation, next);
+        drop(closed);
+        // A failure needs no answer: it is noted that a stop of the host ends this generation too.
+        let _ = self.flush(io).await;
+        let began = Began { code: reason.code(), at_ns: now_ns() };
+        *self.began.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
+        self.checkpoints.end_generation(io, &self.dir, Some(ended), reason.code()).await;
+        let change_id = self.change_id();
+        log::warn!("{}: a new generation begins with {change_id}: {reason}", self.name);
+        (self.events)(Event::TrackerReset { disk: self.name.clone(), change_id, reason });
+        Ok(change_id)
+    }
+
+    fn check_resettable(&self) -> Result<(), Error> {
+        self.check_unwound()?;
+        if self.tracker.is_none() {
+            return Err(Error::NotTracked { disk: self.name.clone() });
+        }
+        if let Some(size) = self.growing_to() {
+            return Err(Error::ResizeUnfinished { disk: self.name.clone(), size });
+        }
+        match self.snapshots().first() {
+            Some(snapshot) => {
+                Err(Error::SnapshotsHeld { disk: self.name.clone(), snapshot: snapshot.name.clone() })
+            }
+            None => Ok(()),
+        }
+    }
+}
