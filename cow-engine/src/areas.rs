@@ -332,9 +332,9 @@ async fn look<S: Storage>(io: &S, opened: &OpenedArea<S::File>, disk: &[u8; 16])
     let mut last = vec![0; first.len()];
     let at = opened.len - last.len() as u64;
     io.read(&opened.file, at, Target::of(&mut last)).await?;
-    if first.iter().chain(&last).all(|&byte| byte == 0)
-        && (opened.len == 0 || opened.kind == AreaKind::Device)
-    {
+    // A power cut may leave the length that the header gave the file, and not the header.
+    let is_short = opened.len <= PAGE as u64;
+    if first.iter().chain(&last).all(|&byte| byte == 0) && (is_short || opened.kind == AreaKind::Device) {
         return Ok(Found::Blank);
     }
     Ok(Found::Foreign("it is not empty, and what is in it was not written by ebbtide"))

@@ -318,6 +318,10 @@ impl<S: Storage> Disk<S> {
             // the two must not leave a valid generation with an empty map.
             next.state = DiskState::Resetting;
             write_superblock(io, &file, &next).await?;
+            if !existed {
+                // By name, too: an older superblock may be gone for now only, until a power cut.
+                io.sync_dir(&options.dir).map_err(fail())?;
+            }
             // Only now: until then it may still go on.
             let ended = found.as_ref().map(|found| found.generation);
             checkpoints.end_generation(io, &options.dir, ended, reason.code()).await;

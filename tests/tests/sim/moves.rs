@@ -302,7 +302,11 @@ fn export_whatever_happens(rig: &mut Rig<'_>, from: Home, files: SimDir, old_id:
                 match rig.import(from, files, false, u64::MAX) {
                     Some(Err(Error::BadHistory { .. })) => {}
                     // It was finished, and nobody was told: the source does not go on.
-                    Some(Err(Error::HistoryExists)) => return true,
+                    Some(Err(Error::HistoryExists)) => {
+                        // Who takes the file to another host has it for certain.
+                        cow_engine::Storage::sync_dir(&rig.io, &files).expect("no faults");
+                        return true;
+                    }
                     other => panic!("what an export leaves: {other:?}"),
                 }
                 cow_engine::Storage::remove(&rig.io, &files, FILE).expect("no faults");
