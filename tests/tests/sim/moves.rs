@@ -304,7 +304,13 @@ fn export_whatever_happens(rig: &mut Rig<'_>, from: Home, files: SimDir, old_id:
                     // It was finished, and nobody was told: the source does not go on.
                     Some(Err(Error::HistoryExists)) => {
                         // Who takes the file to another host has it for certain.
-                        cow_engine::Storage::sync_dir(&rig.io, &files).expect("no faults");
+                        let io = rig.io.clone();
+                        let kept = async move {
+                            let file = cow_engine::Storage::open(&io, &files, FILE)?;
+                            cow_engine::Storage::sync(&io, &file).await?;
+                            cow_engine::Storage::sync_dir(&io, &files)
+                        };
+                        rig.sim.run(kept, u64::MAX).expect("it is not cut off").expect("no faults");
                         return true;
                     }
                     other => panic!("what an export leaves: {other:?}"),
