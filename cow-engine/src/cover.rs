@@ -88,6 +88,8 @@ impl<S: Storage> Disk<S> {
 
     /// Makes every mark durable that was made through `map` or an older mapping. Blocks the thread.
     pub(crate) async fn sync_map(&self, io: &S, map: &S::Cells) -> Result<(), Error> {
+        // A failure is told once: nobody else's success is acted upon before it was noted.
+        let _one = self.syncing_map.claim(0..1).await;
         let synced = io.sync_cells(map).map_err(Error::io("flushing the change map"));
         if let Err(error) = &synced {
             // Marks that could not be written back may be lost though a later flush succeeds.

@@ -28,6 +28,7 @@ use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
 use crate::claims::Claims;
 use crate::error::Error;
+use crate::flushes::Flushes;
 use crate::format::{Broken, GRAIN, Superblock};
 use crate::gate::{Gate, Lane};
 use crate::index::Key;
@@ -161,6 +162,10 @@ pub struct Disk<S: Storage> {
     pub(crate) rewind: rewind::Current<S>,
     /// Who makes the store durable, and breaks what was lost.
     pub(crate) syncing: Claims,
+    /// Who makes the map durable, and notes if it could not.
+    pub(crate) syncing_map: Claims,
+    /// Of the image.
+    pub(crate) flushes: Flushes,
     /// What stands on the snapshots' views.
     pub(crate) overlays: Overlays<S>,
     /// Instants that have a name.
@@ -257,19 +262,19 @@ impl<S: Storage> Disk<S> {
         let _pass = self.admit(io, lane, range).await?;
         // Within the gate: a rewind begins behind a closed one.
         if self.rewind.load().is_some() {
-            return Box::pin(self.write_rewinding(io, range, from, durability)).await;
+            Box::pin(self.write_rewinding(io, range, from)).await?;
+        } else {
+            self.write_image(io, at, from).await?;
         }
-        self.write_image(io, at, from, durability).await
+        match durability {
+            Durability::Cached => Ok(()),
+            // Not a durable write: a failed one would take the news of an earlier loss from the next flush.
+            Durability::Durable => self.flush(io).await,
+        }
     }
 
-    pub(crate) async fn write_image(
-        &self,
-        io: &S,
-        at: u64,
-        from: Source<'_>,
-        durability: Durability,
-    ) -> Result<(), Error> {
-        io.write(&self.image, at, from, durability).await.map_err(Error::io("writing the image"))
+    pub(crate) async fn write_image(&self, io: &S, at: u64, from: Source<'_>) -> Result<(), Error> {
+        io.write(&self.image, at, from, Durability::Cached).await.map_err(Error::io("writing the image"))
     }
 
     /// Makes every change that was answered before this durable.
@@ -285,12 +290,15 @@ impl<S: Storage> Disk<S> {
     }
 
     pub(crate) async fn flush_image(&self, io: &S) -> Result<(), Error> {
-        self.check_poisoned()?;
-        if let Err(source) = io.sync(&self.image).await {
-            Box::pin(self.poison(io, &format!("flushing the image failed: {source}"))).await;
-            return Err(Error::Io { what: "flushing the image", source });
-        }
-        // The kernel tells a failure once: of two flushes at the same time the other one succeeds.
+        self.flushes
+            .flush(async || {
+                self.check_poisoned()?;
+                let Err(source) = io.sync(&self.image).await else { return Ok(()) };
+                Box::pin(self.poison(io, &format!("flushing the image failed: {source}"))).await;
+                Err(Error::Io { what: "flushing the image", source })
+            })
+            .await?;
+        // There are other reasons.
         self.check_poisoned()
     }
 

@@ -18,6 +18,7 @@ mod claims;
 mod cover;
 mod disk;
 mod error;
+mod flushes;
 mod format;
 mod freed;
 mod gate;

@@ -43,6 +43,7 @@ use crate::checkpoint::Checkpoints;
 use crate::claims::Claims;
 use crate::disk::{Disk, EventSink, now_ns, with_sources};
 use crate::error::Error;
+use crate::flushes::Flushes;
 use crate::format::{self, Broken, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
 use crate::gate::Gate;
 use crate::index::Slot;
@@ -432,6 +433,8 @@ impl<S: Storage> Disk<S> {
             buffers: Buffers::default(),
             rewind: ArcSwapOption::new(rewind),
             syncing: Claims::default(),
+            syncing_map: Claims::default(),
+            flushes: Flushes::default(),
             holds: Holds::default(),
             overlays,
             checkpoints,

@@ -166,13 +166,13 @@ impl<S: Storage> Overlay<S> {
         let range = self.check(at, from.len() as u64)?;
         let _pass = self.layer.gate.enter(lane).await;
         if self.layer.owned.has_all(grains_of(range)) {
-            self.layer.write(io, at, from, durability).await?;
+            self.layer.write(io, at, from).await?;
         } else {
-            Box::pin(self.write_pieces(io, range, from, durability)).await?;
+            Box::pin(self.write_pieces(io, range, from)).await?;
         }
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Durable => self.layer.sync_cells(io),
+            Durability::Durable => self.layer.flush(io).await,
         }
     }
 
@@ -226,7 +226,7 @@ impl<S: Storage> Overlay<S> {
         let whole = self.whole_grains(range);
         for edge in [ByteRange::new(range.start(), whole.start()), ByteRange::new(whole.end(), range.end())] {
             let zeros = Source::of(&ZERO_GRAIN[..index(edge.len())]);
-            self.write_pieces(io, edge, zeros, Durability::Cached).await?;
+            self.write_pieces(io, edge, zeros).await?;
         }
         for piece in pieces(whole, ZERO_PIECE) {
             let mut at = piece.start();
@@ -251,13 +251,7 @@ impl<S: Storage> Overlay<S> {
         if start < end { ByteRange::new(start, end) } else { ByteRange::new(range.end(), range.end()) }
     }
 
-    async fn write_pieces(
-        &self,
-        io: &S,
-        range: ByteRange,
-        from: Source<'_>,
-        durability: Durability,
-    ) -> Result<(), Error> {
+    async fn write_pieces(&self, io: &S, range: ByteRange, from: Source<'_>) -> Result<(), Error> {
         for piece in pieces(range, PIECE) {
             let mut at = piece.start();
             while at < piece.end() {
@@ -265,7 +259,7 @@ impl<S: Storage> Overlay<S> {
                 let end = piece.end().min(self.bytes_of(claim.run()).end());
                 let part = ByteRange::new(at, end);
                 let skip = index(at - range.start());
-                self.take_over(io, claim.run(), part, from, skip, durability).await?;
+                self.take_over(io, claim.run(), part, from, skip).await?;
                 at = end;
             }
         }
@@ -281,7 +275,6 @@ impl<S: Storage> Overlay<S> {
         part: ByteRange,
         from: Source<'_>,
         skip: usize,
-        durability: Durability,
     ) -> Result<(), Error> {
         let owned = &self.layer.owned;
         let whole = self.bytes_of(grains.clone());
@@ -298,7 +291,7 @@ impl<S: Storage> Overlay<S> {
             }
         }
         from.copy_to(skip, &mut buffer[index(part.start() - start)..index(part.end() - start)]);
-        self.layer.write(io, start, Source::of(&buffer), durability).await?;
+        self.layer.write(io, start, Source::of(&buffer)).await?;
         owned.publish(grains);
         Ok(())
     }

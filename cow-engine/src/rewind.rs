@@ -66,7 +66,7 @@ use crate::format::GRAIN;
 use crate::gate::Lane;
 use crate::index::{Key, Slot};
 use crate::memory::{AlignedBuf, Source, Target};
-use crate::storage::{Durability, Storage, Zeroing};
+use crate::storage::{Storage, Zeroing};
 
 use done::Done;
 pub(crate) use done::bytes_needed;
@@ -290,17 +290,11 @@ impl<S: Storage> Disk<S> {
         io: &S,
         range: ByteRange,
         from: Source<'_>,
-        durability: Durability,
     ) -> Result<(), Error> {
         let rewind = self.rewind.load_full().filter(|rewind| !rewind.is_back(grains_of(range)));
         match &rewind {
-            None => self.write_image(io, range.start(), from, Durability::Cached).await?,
-            Some(rewind) => self.write_pieces(io, rewind, range, from).await?,
-        }
-        match durability {
-            Durability::Cached => Ok(()),
-            // The bits that lead to what was written must be as durable as that.
-            Durability::Durable => self.flush(io).await,
+            None => self.write_image(io, range.start(), from).await,
+            Some(rewind) => self.write_pieces(io, rewind, range, from).await,
         }
     }
 
@@ -353,7 +347,7 @@ impl<S: Storage> Disk<S> {
             }
         }
         from.copy_to(skip, &mut buffer[index(part.start() - start)..index(part.end() - start)]);
-        self.write_image(io, start, Source::of(&buffer), Durability::Cached).await
+        self.write_image(io, start, Source::of(&buffer)).await
     }
 
     /// The rest of [`Disk::discard`] while a rewind is under way. A grain that could not be
@@ -428,7 +422,7 @@ impl<S: Storage> Disk<S> {
                 } else {
                     let mut buffer = AlignedBuf::zeroed(index(bytes.len()));
                     self.read_slots(io, slot, 0, &mut buffer).await?;
-                    self.write_image(io, bytes.start(), Source::of(&buffer), Durability::Cached).await?;
+                    self.write_image(io, bytes.start(), Source::of(&buffer)).await?;
                 }
                 rewind.set_back(part);
             }

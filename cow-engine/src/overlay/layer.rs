@@ -14,6 +14,7 @@ use super::owned::Owned;
 use crate::claims::Claims;
 use crate::disk::with_sources;
 use crate::error::Error;
+use crate::flushes::Flushes;
 use crate::format::{GRAIN, PAGE};
 use crate::gate::Gate;
 use crate::memory::{AlignedBuf, Source, Target};
@@ -34,6 +35,7 @@ pub(crate) struct Layer<S: Storage> {
     data: S::File,
     /// Grains owned when the cells were last made durable.
     synced: AtomicU64,
+    flushes: Flushes,
     discarded: AtomicBool,
     poisoned: AtomicBool,
 }
@@ -118,6 +120,7 @@ impl<S: Storage> Layer<S> {
             data,
             // What an earlier process set may not be durable.
             synced: AtomicU64::new(u64::MAX),
+            flushes: Flushes::default(),
             discarded: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
         }
@@ -154,14 +157,10 @@ impl<S: Storage> Layer<S> {
     }
 
     /// Writes bytes of grains that are the overlay's, or that the caller has claimed.
-    pub(super) async fn write(
-        &self,
-        io: &S,
-        at: u64,
-        from: Source<'_>,
-        durability: Durability,
-    ) -> Result<(), Error> {
-        io.write(&self.data, at, from, durability).await.map_err(Error::io("writing the overlay's data"))
+    pub(super) async fn write(&self, io: &S, at: u64, from: Source<'_>) -> Result<(), Error> {
+        io.write(&self.data, at, from, Durability::Cached)
+            .await
+            .map_err(Error::io("writing the overlay's data"))
     }
 
     /// Zeros by the file system's means, else by writing zeros.
@@ -179,7 +178,7 @@ impl<S: Storage> Layer<S> {
         while at < range.end() {
             let len = (range.end() - at).min(ZEROS as u64);
             let part = Source::of(&zeros[..usize::try_from(len).unwrap_or(ZEROS)]);
-            self.write(io, at, part, Durability::Cached).await?;
+            self.write(io, at, part).await?;
             at += len;
         }
         Ok(())
@@ -192,23 +191,26 @@ impl<S: Storage> Layer<S> {
 
     /// Makes every change that was answered before this durable: data, then the cells that point to it.
     pub(super) async fn flush(&self, io: &S) -> Result<(), Error> {
-        if self.poisoned.load(SeqCst) {
-            return Err(Error::Poisoned);
-        }
-        let synced = io.sync(&self.data).await;
-        self.note(synced, "flushing the overlay's data")?;
-        self.sync_cells(io)
+        self.flushes
+            .flush(async || {
+                if self.poisoned.load(SeqCst) {
+                    return Err(Error::Poisoned);
+                }
+                let synced = io.sync(&self.data).await;
+                self.note(synced, "flushing the overlay's data")?;
+                self.sync_cells(io)
+            })
+            .await
     }
 
     /// Makes the cells durable, if a bit was set since they last were.
-    pub(super) fn sync_cells(&self, io: &S) -> Result<(), Error> {
+    fn sync_cells(&self, io: &S) -> Result<(), Error> {
         let count = self.owned.count();
         if self.synced.load(SeqCst) != count {
             self.note(io.sync_cells(self.owned.cells()), "flushing the overlay's cells")?;
             self.synced.store(count, SeqCst);
         }
-        // The kernel tells a failure once: of two flushes at the same time the other one succeeds.
-        if self.poisoned.load(SeqCst) { Err(Error::Poisoned) } else { Ok(()) }
+        Ok(())
     }
 
     /// Once a flush has failed none is believed: the kernel may have dropped what it could not write.

@@ -168,7 +168,7 @@ fn what_an_unpublished_write_left_is_not_seen() {
     rig.snapshot(&disk, "s");
     let overlay = rig.overlay(&disk, "o", false).unwrap();
     let io = rig.executor.storage();
-    let left = overlay.layer().write(&io, 8192, Source::of(&[1; 8192]), Durability::Cached);
+    let left = overlay.layer().write(&io, 8192, Source::of(&[1; 8192]));
     rig.executor.block_on(left).unwrap();
     assert!(rig.all(&overlay) == model());
     rig.zero(&overlay, ByteRange::new(8192, 12_288), Zeroing::Unmap);
