@@ -5,6 +5,7 @@
 //! output, see [`machine`]. Read the ratios of one run; figures of different machines, or of one
 //! machine on different days, do not compare.
 
+mod cold;
 mod contender;
 mod findings;
 mod launch;
@@ -194,6 +195,7 @@ fn compare(options: &Options) -> Result<()> {
         snapshots::round(&bench, options, round, &mut results);
     }
     snapshots::rest(&bench, options, &mut results);
+    cold::measure(&bench, options, &mut results);
     let mut costs = Vec::new();
     for row in rows.iter().filter(|row| is_tracked(row) && options.wants(Contender::Untracked)) {
         match tracking::measure(&bench, options, row) {
