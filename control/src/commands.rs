@@ -49,7 +49,9 @@ pub use self::snapshots::{
 };
 pub use self::store::{AreaInfo, MAX_HOLD_DEADLINE, OnOverflow, StoreAppend, StoreInfo, StoreLimit};
 pub use self::time::Timestamp;
-pub use self::tracking::{MarkRange, QueryTracker, TrackerDetails, TrackerMark, TrackerReset};
+pub use self::tracking::{
+    MarkRange, QueryTracker, TrackerDetails, TrackerDisable, TrackerEnable, TrackerMark, TrackerReset,
+};
 use crate::service::CommandError;
 
 /// The arguments of one verb, and what the verb answers.
@@ -95,6 +97,8 @@ pub const VERBS: &[&str] = &[
     SnapshotOpen::NAME,
     StoreAppend::NAME,
     StoreLimit::NAME,
+    TrackerDisable::NAME,
+    TrackerEnable::NAME,
     TrackerExport::NAME,
     TrackerMark::NAME,
     TrackerReset::NAME,

@@ -13,7 +13,7 @@ use crate::commands::{
     NbdExportDel, QmpCapabilities, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints, QueryCommands,
     QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, QueryTracker, QueryVersion,
     Quit, SnapshotClose, SnapshotCreate, SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit,
-    TrackerExport, TrackerMark, TrackerReset, VERBS, VersionInfo,
+    TrackerDisable, TrackerEnable, TrackerExport, TrackerMark, TrackerReset, VERBS, VersionInfo,
 };
 use crate::request::{Request, excerpt};
 use crate::service::{Answer, CommandError, ErrorClass, Service, reason};
@@ -84,6 +84,8 @@ fn serve(service: &dyn Service, request: &Request<'_>) -> Answer<Box<RawValue>> 
         QueryTracker::NAME => answer(request, |a: QueryTracker| service.query_tracker(a)),
         TrackerExport::NAME => answer(request, |a: TrackerExport| service.tracker_export(a)),
         TrackerMark::NAME => answer(request, |a: TrackerMark| service.tracker_mark(a)),
+        TrackerEnable::NAME => answer(request, |a: TrackerEnable| service.tracker_enable(a)),
+        TrackerDisable::NAME => answer(request, |a: TrackerDisable| service.tracker_disable(a)),
         TrackerReset::NAME => answer(request, |a: TrackerReset| service.tracker_reset(a)),
         DiskRevert::NAME => answer(request, |a: DiskRevert| service.disk_revert(a)),
         StoreAppend::NAME => answer(request, |a: StoreAppend| service.store_append(a)),

@@ -15,8 +15,8 @@ use crate::commands::{
     NbdExportAdd, NbdExportDel, Nothing, OverlayInfo, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints,
     QueryDisks, QueryExports, QueryIncremental, QuerySnapshots, QueryStatus, QueryTracker, RewindInfo,
     SnapshotClose, SnapshotCreate, SnapshotCreated, SnapshotDelete, SnapshotDeleted, SnapshotInfo,
-    SnapshotOpen, StatusInfo, StoreAppend, StoreLimit, TrackerDetails, TrackerExport, TrackerExported,
-    TrackerMark, TrackerReset,
+    SnapshotOpen, StatusInfo, StoreAppend, StoreLimit, TrackerDetails, TrackerDisable, TrackerEnable,
+    TrackerExport, TrackerExported, TrackerMark, TrackerReset,
 };
 
 /// What a verb answers.
@@ -81,6 +81,12 @@ pub trait Service: Send + Sync + 'static {
 
     /// Begins a new generation of a disk's history.
     fn tracker_reset(&self, arguments: TrackerReset) -> Answer<TrackerDetails>;
+
+    /// Tracks the changes of a disk again.
+    fn tracker_enable(&self, arguments: TrackerEnable) -> Answer<TrackerDetails>;
+
+    /// Tracks the changes of a disk no more.
+    fn tracker_disable(&self, arguments: TrackerDisable) -> Answer<TrackerDetails>;
 
     /// How the trackers of one disk or of all are.
     fn query_tracker(&self, arguments: QueryTracker) -> Answer<Vec<TrackerDetails>>;

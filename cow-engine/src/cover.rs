@@ -20,7 +20,7 @@ use crate::storage::Storage;
 impl<S: Storage> Disk<S> {
     /// Whether a stop of the host would lose nothing of what was just marked.
     pub(crate) fn is_covered(&self, range: ByteRange) -> bool {
-        self.intent.as_ref().is_none_or(|intent| intent.covers(range))
+        self.is_switched_off() || self.intent.as_ref().is_none_or(|intent| intent.covers(range))
     }
 
     /// Waits until a stop of the host would lose nothing of what was just marked.

@@ -137,6 +137,8 @@ pub struct Disk<S: Storage> {
     pub(crate) history: History,
     /// The one in use covers the capacity, or more.
     pub(crate) tracker: Option<ArcSwap<Tracker<S::Cells>>>,
+    /// Changes are not marked, though there is a tracker; see [`crate::switch`].
+    pub(crate) switched_off: AtomicBool,
     /// Where marks may not be on their medium, if changes are tracked.
     pub(crate) intent: Option<Intent<S>>,
     pub(crate) control: Control<S::Cells>,
@@ -204,7 +206,7 @@ impl<S: Storage> Disk<S> {
 
     /// The grid of tracked blocks, if changes are tracked.
     pub fn block_grid(&self) -> Option<BlockGrid> {
-        self.tracker.as_ref().map(|tracker| tracker.load().grid())
+        self.marking().map(|tracker| tracker.load().grid())
     }
 
     /// The last instant that was taken, or the beginning of the generation: what changed since
@@ -386,7 +388,7 @@ impl<S: Storage> Disk<S> {
         // Counted inside the gate before: a beat that was not seen here sees us there.
         self.control.stir();
         let epoch = self.history.epoch();
-        let tracker = self.tracker.as_ref().map(ArcSwap::load);
+        let tracker = self.marking().map(ArcSwap::load);
         let newest = self.newest.load();
         let newest = newest.as_ref().filter(|snapshot| snapshot.broken().is_none());
         if let Some(snapshot) = newest {
@@ -420,7 +422,7 @@ impl<S: Storage> Disk<S> {
         range: ByteRange,
         give_up: Option<GiveUp>,
     ) -> Result<(), Box<Stuck>> {
-        let Some(tracker) = self.tracker.as_ref().map(ArcSwap::load_full) else { return Ok(()) };
+        let Some(tracker) = self.marking().map(ArcSwap::load_full) else { return Ok(()) };
         if let Some(snapshot) = snapshot
             && let Err(error) = self.freeze(io, lane, &tracker, snapshot, range).await
         {

@@ -171,6 +171,14 @@ pub enum Error {
         /// The disk.
         disk: String,
     },
+    /// Tracking was to be switched on or off, and is already.
+    #[error("tracking of disk '{disk}' is {state} already: nothing was changed")]
+    TrackingAlready {
+        /// The disk.
+        disk: String,
+        /// `on` or `off`.
+        state: &'static str,
+    },
     /// A range that is not on the disk.
     #[error(
         "{length} bytes at offset {offset} pass the end of disk '{disk}', which has {size} bytes: nothing was marked"
@@ -474,6 +482,7 @@ impl Error {
             Self::TooManySnapshots { .. } => "too-many-snapshots",
             Self::EpochsExhausted { .. } => "epochs-exhausted",
             Self::NotTracked { .. } => "not-tracked",
+            Self::TrackingAlready { .. } => "tracking-already",
             Self::PastEnd { .. } => "past-end",
             Self::BadSize { .. } => "bad-size",
             Self::Shrink { .. } => "shrink",

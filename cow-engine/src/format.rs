@@ -20,8 +20,11 @@ pub(crate) const PAGE: usize = 4096;
 /// Bytes of a grain, the unit of preserving, and of a store's slot.
 pub(crate) const GRAIN: usize = GRAIN_BYTES as usize;
 const GRAIN_BYTES: u32 = 4096;
-/// Version of everything here.
+/// Version of snapshots' heads and their records.
 const VERSION: u32 = 2;
+/// Version of the superblock. One of version 2 ends with its checksum in the place of `began_ns`.
+const SUPERBLOCK_VERSION: u32 = 3;
+const SUPERBLOCK_BODY_2: usize = 1176;
 /// Longest image path that a superblock holds, in bytes; longer ones are kept by their end.
 const PATH_BYTES: usize = 1024;
 /// Longest snapshot name in bytes.
@@ -76,6 +79,12 @@ pub(crate) struct Superblock {
     pub(crate) path: String,
     /// The capacity that a resize has begun to give the disk, larger than `capacity`.
     pub(crate) growing_to: Option<u64>,
+    /// When the generation began, in nanoseconds since 1970; 0 if that is not known.
+    pub(crate) began_ns: u64,
+    /// Why it began, as [`crate::ResetReason`] numbers it; 0 if that is not known.
+    pub(crate) began_reason: u32,
+    /// An operator switched tracking off; see [`crate::switch`].
+    pub(crate) switched_off: bool,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -99,10 +108,13 @@ struct RawSuperblock {
     rewind: [u8; 16],
     path: [u8; PATH_BYTES],
     growing_to: U64,
+    began_ns: U64,
+    began_reason: U32,
+    switched_off: U32,
     checksum: U32,
 }
 
-const _: () = assert!(size_of::<RawSuperblock>() == 1180);
+const _: () = assert!(size_of::<RawSuperblock>() == 1196);
 
 /// Where a snapshot is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,13 +253,39 @@ pub(crate) fn text(field: &[u8], len: usize) -> Option<String> {
     String::from_utf8(field.get(..len)?.to_vec()).ok()
 }
 
+impl RawSuperblock {
+    /// From a page, with a good checksum; what version 2 did not have is zero.
+    fn checked(page: &[u8]) -> Option<Self> {
+        let (raw, _) = Self::read_from_prefix(page).ok()?;
+        if raw.magic != SUPERBLOCK_MAGIC {
+            return None;
+        }
+        match raw.version.get() {
+            SUPERBLOCK_VERSION => (raw.checksum == checksum(&[&SUPERBLOCK_MAGIC, body(&raw)])).then_some(raw),
+            2 => {
+                let (body, rest) = page.split_at(SUPERBLOCK_BODY_2);
+                let (sum, _) = U32::read_from_prefix(rest).ok()?;
+                let began_ns = U64::ZERO;
+                let (began_reason, switched_off) = (U32::ZERO, U32::ZERO);
+                (sum == checksum(&[&SUPERBLOCK_MAGIC, body])).then_some(Self {
+                    began_ns,
+                    began_reason,
+                    switched_off,
+                    ..raw
+                })
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Superblock {
     /// As one page of its file.
     pub(crate) fn to_page(&self) -> Box<[u8; PAGE]> {
         let path = tail(&self.path, PATH_BYTES);
         let mut raw = RawSuperblock {
             magic: SUPERBLOCK_MAGIC,
-            version: U32::new(VERSION),
+            version: U32::new(SUPERBLOCK_VERSION),
             state: U32::new(match self.state {
                 DiskState::Clean => 1,
                 DiskState::Serving => 2,
@@ -271,6 +309,9 @@ impl Superblock {
             rewind: self.rewind,
             path: padded(path),
             growing_to: U64::new(self.growing_to.unwrap_or(0)),
+            began_ns: U64::new(self.began_ns),
+            began_reason: U32::new(self.began_reason),
+            switched_off: U32::new(self.switched_off.into()),
             checksum: U32::ZERO,
         };
         raw.checksum = checksum(&[&SUPERBLOCK_MAGIC, body(&raw)]);
@@ -279,13 +320,7 @@ impl Superblock {
 
     /// From a page of its file; `None` if it is not a whole and valid superblock.
     pub(crate) fn from_page(page: &[u8]) -> Option<Self> {
-        let (raw, _) = RawSuperblock::read_from_prefix(page).ok()?;
-        if raw.magic != SUPERBLOCK_MAGIC
-            || raw.version.get() != VERSION
-            || raw.checksum != checksum(&[&SUPERBLOCK_MAGIC, body(&raw)])
-        {
-            return None;
-        }
+        let raw = RawSuperblock::checked(page)?;
         Some(Self {
             sequence: raw.sequence.get(),
             disk: raw.disk,
@@ -312,6 +347,9 @@ impl Superblock {
             rewind: raw.rewind,
             path: text(&raw.path, usize::try_from(raw.path_len.get()).ok()?)?,
             growing_to: Some(raw.growing_to.get()).filter(|&to| to > raw.capacity.get()),
+            began_ns: raw.began_ns.get(),
+            began_reason: raw.began_reason.get(),
+            switched_off: raw.switched_off.get() != 0,
         })
     }
 }
@@ -487,9 +525,13 @@ pub(crate) struct Damaged;
 /// The version that a superblock or a snapshot's head says it has, if that is another one than here.
 pub(crate) fn other_version(page: &[u8; PAGE]) -> Option<u32> {
     let (magic, rest) = page.split_at(8);
-    let known = magic == SUPERBLOCK_MAGIC || magic == SNAPSHOT_MAGIC;
     let (version, _) = U32::read_from_prefix(rest).ok()?;
-    (known && version.get() != VERSION).then(|| version.get())
+    let known: &[u32] = match magic {
+        _ if magic == SUPERBLOCK_MAGIC => &[2, SUPERBLOCK_VERSION],
+        _ if magic == SNAPSHOT_MAGIC => &[VERSION],
+        _ => return None,
+    };
+    (!known.contains(&version.get())).then(|| version.get())
 }
 
 /// The file of a disk's superblock.
@@ -530,6 +572,9 @@ mod tests {
             rewind: [9; 16],
             path: "/vm/ä.img".into(),
             growing_to: Some(2 << 30),
+            began_ns: 77,
+            began_reason: 10,
+            switched_off: true,
         }
     }
 
@@ -630,7 +675,8 @@ mod tests {
     #[test]
     fn the_written_format_is_the_code() {
         let superblock = fields!(RawSuperblock: magic, version, state, sequence, disk, generation, boot, epoch,
-            path_len, block_bytes, capacity, device, inode, image_len, mtime_ns, rewind, path, growing_to, checksum);
+            path_len, block_bytes, capacity, device, inode, image_len, mtime_ns, rewind, path, growing_to,
+            began_ns, began_reason, switched_off, checksum);
         let head = fields!(RawSnapshotHeader: magic, version, state, sequence, epoch, disk, group, generation,
             capacity, created_ns, grain_bytes, flags, newer, broken_errno, broken_ns, limit, on_overflow, hold_seconds, name_len, reason_len, name, reason, checksum);
         let record = fields!(RawRecord: key, slot, checksum);
@@ -650,8 +696,11 @@ mod tests {
 
     #[test]
     fn an_image_of_the_format_reads_the_same_for_ever() {
-        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/superblock-2")).unwrap();
+        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/superblock-3")).unwrap();
         assert_eq!(Superblock::from_page(&page), Some(superblock()));
+        let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/superblock-2")).unwrap();
+        let older = Superblock { began_ns: 0, began_reason: 0, switched_off: false, ..superblock() };
+        assert_eq!(Superblock::from_page(&page), Some(older));
         let page = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/snapshot-2.index")).unwrap();
         assert_eq!(SnapshotHeader::from_page(&page), Some(header()));
         let (record, _) = RawRecord::read_from_prefix(&page[PAGE..]).unwrap();

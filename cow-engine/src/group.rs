@@ -166,7 +166,7 @@ async fn prepare<S: Storage>(
         group,
         generation: disk.history.generation(),
         epoch,
-        tracked: disk.tracker.is_some(),
+        tracked: disk.block_grid().is_some(),
         capacity: disk.capacity(),
         created_ns,
         name: name.to_owned(),

@@ -52,6 +52,7 @@ mod snapshot;
 mod status;
 mod storage;
 mod store;
+mod switch;
 mod tracker;
 mod view;
 mod walk;

@@ -129,6 +129,10 @@ pub enum ResetReason {
     AssumedChanged,
     /// An operator asked for it; see [`Disk::reset_tracking`].
     Operator,
+    /// An operator switched tracking off; see [`Disk::disable_tracking`].
+    TrackingDisabled,
+    /// An operator switched tracking on; see [`Disk::enable_tracking`].
+    TrackingEnabled,
 }
 
 impl ResetReason {
@@ -145,7 +149,35 @@ impl ResetReason {
             Self::HandedOver => "handed-over",
             Self::AssumedChanged => "assumed-changed",
             Self::Operator => "operator",
+            Self::TrackingDisabled => "tracking-disabled",
+            Self::TrackingEnabled => "tracking-enabled",
         }
+    }
+
+    /// All of them; the superblock has the place of one, counted from 1.
+    const NUMBERED: [Self; 12] = [
+        Self::New,
+        Self::Damaged,
+        Self::HostStopped,
+        Self::ImageChanged,
+        Self::BlockSizeChanged,
+        Self::Interrupted,
+        Self::EpochsExhausted,
+        Self::HandedOver,
+        Self::AssumedChanged,
+        Self::Operator,
+        Self::TrackingDisabled,
+        Self::TrackingEnabled,
+    ];
+
+    /// Its number in the superblock.
+    pub(crate) fn number(&self) -> u32 {
+        (1..).zip(&Self::NUMBERED).find(|(_, one)| *one == self).map_or(0, |(number, _)| number)
+    }
+
+    /// The reason of a number in the superblock, if it is known.
+    pub(crate) fn numbered(number: u32) -> Option<&'static Self> {
+        Self::NUMBERED.get(usize::try_from(number.checked_sub(1)?).ok()?)
     }
 }
 
@@ -162,6 +194,8 @@ impl fmt::Display for ResetReason {
             Self::HandedOver => "the history was exported, and goes on elsewhere",
             Self::AssumedChanged => "the operator says that the image was changed while no daemon served it",
             Self::Operator => "an operator asked for it",
+            Self::TrackingDisabled => "an operator switched tracking off",
+            Self::TrackingEnabled => "an operator switched tracking on",
         })
     }
 }
@@ -262,7 +296,7 @@ impl<S: Storage> Disk<S> {
         let lost = report.reset.clone().or(verdict.presume.then_some(ResetReason::HostStopped));
         let lost = lost.as_ref().map(ToString::to_string);
         let this_boot = found.as_ref().is_some_and(|found| found.boot == options.boot);
-        let mut next = next_superblock(found.as_ref(), &options, capacity, verdict.reset.is_some());
+        let mut next = next_superblock(found.as_ref(), &options, capacity, verdict.reset.as_ref());
         let (id, plan) = (next.disk, &options.store);
         let mut list = List::load(io, &options.dir, &names, &id).await?;
         if !list.entries.is_empty() {
@@ -438,7 +472,10 @@ impl<S: Storage> Disk<S> {
             holds: Holds::default(),
             overlays,
             checkpoints,
-            began: Mutex::new(report.reset.as_ref().map(|why| Began { code: why.code(), at_ns: now_ns() })),
+            began: Mutex::new(
+                report.reset.as_ref().map(|why| Began { code: why.code(), at_ns: next.began_ns }),
+            ),
+            switched_off: AtomicBool::new(next.switched_off),
             superblock: Mutex::new(next),
             superblock_writer: Claims::default(),
             superblock_file: file,
@@ -687,7 +724,7 @@ fn next_superblock<S: Storage>(
     found: Option<&Superblock>,
     options: &DiskOptions<S>,
     capacity: u64,
-    reset: bool,
+    reset: Option<&ResetReason>,
 ) -> Superblock {
     let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
     let (sequence, disk) = match found {
@@ -695,8 +732,12 @@ fn next_superblock<S: Storage>(
         None => (1, uuid::Uuid::new_v4().into_bytes()),
     };
     let (generation, epoch) = match found {
-        Some(found) if !reset => (found.generation, found.epoch),
+        Some(found) if reset.is_none() => (found.generation, found.epoch),
         _ => (Generation::random(), Epoch::FIRST),
+    };
+    let (began_reason, began_ns) = match (reset, found) {
+        (Some(reason), _) => (reason.number(), now_ns()),
+        (None, found) => found.map_or((0, 0), |found| (found.began_reason, found.began_ns)),
     };
     Superblock {
         sequence,
@@ -711,6 +752,10 @@ fn next_superblock<S: Storage>(
         rewind: NO_REWIND,
         path: options.image_path.clone(),
         growing_to: Some(options.identity.len).filter(|&len| len > capacity),
+        began_ns,
+        began_reason,
+        // The operator's word, until the operator takes it back.
+        switched_off: found.is_some_and(|found| found.switched_off),
     }
 }
 

@@ -83,7 +83,7 @@ impl<S: Storage> Disk<S> {
         let untracked = || Error::NotTracked { disk: self.name().to_owned() };
         // First: whatever tracker is in use later covers it.
         let capacity = self.capacity();
-        let tracker = self.tracker.as_ref().ok_or_else(untracked)?.load_full();
+        let tracker = self.marking().ok_or_else(untracked)?.load_full();
         let map = io.open(&self.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
         let (grid, epoch) = (tracker.grid(), self.history.epoch());
         let blocks = grid.count(capacity);

@@ -36,9 +36,10 @@
 //! What made the log or the map doubtful stays so: a new generation does not make a failed flush good.
 //!
 //! Price: guests' changes wait for one flush of one page.
-//! Absent: switching tracking on and off, and another size of blocks: the next start does that.
+//! Absent: another size of blocks: the next start does that. Why tracking is switched on and off in this order: [`crate::switch`].
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use cbt::{ChangeId, Generation};
@@ -65,7 +66,23 @@ impl<S: Storage> Disk<S> {
         deadline: Duration,
     ) -> Result<ChangeId, Error> {
         self.check_resettable()?;
-        let reason = ResetReason::Operator;
+        self.begin_generation(io, deadline, ResetReason::Operator, false).await
+    }
+
+    /// Begins a new generation, in which changes are marked or, once `switched_off`, are not. What has to be
+    /// looked at before was.
+    pub(crate) async fn begin_generation(
+        &self,
+        io: &S,
+        deadline: Duration,
+        reason: ResetReason,
+        switched_off: bool,
+    ) -> Result<ChangeId, Error> {
+        let enabling = self.is_switched_off() && !switched_off;
+        if enabling {
+            // Most of it now, so that guests wait for little.
+            self.flush(io).await?;
+        }
         let ended = self.history.generation();
         let began = self.history.epoch().max(self.superblock_now().epoch);
         let next = began.next().ok_or_else(|| Error::EpochsExhausted { disk: self.name.clone() })?;
@@ -73,16 +90,27 @@ impl<S: Storage> Disk<S> {
         let Some(closed) = self.gate.close_within(io, deadline).await else {
             return Err(Error::GateTimeout { disk: self.name.clone(), seconds: deadline.as_secs() });
         };
-        self.write_superblock(io, |superblock| {
+        if enabling {
+            self.flush(io).await?;
+        }
+        let began = Began { code: reason.code(), at_ns: now_ns() };
+        let written = self.write_superblock(io, |superblock| {
             superblock.generation = generation;
             superblock.epoch = next;
-        })
-        .await?;
+            (superblock.began_reason, superblock.began_ns) = (reason.number(), began.at_ns);
+            superblock.switched_off = switched_off;
+        });
+        if let Err(error) = written.await {
+            if enabling {
+                self.doubt_enabling();
+            }
+            return Err(error);
+        }
+        self.switched_off.store(switched_off, SeqCst);
         self.history.begin_generation(generation, next);
         drop(closed);
         // A failure needs no answer: it is noted that a stop of the host ends this generation too.
         let _ = self.flush(io).await;
-        let began = Began { code: reason.code(), at_ns: now_ns() };
         *self.began.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
         self.checkpoints.end_generation(io, &self.dir, Some(ended), reason.code()).await;
         let change_id = self.change_id();
@@ -93,16 +121,21 @@ impl<S: Storage> Disk<S> {
 
     fn check_resettable(&self) -> Result<(), Error> {
         self.check_unwound()?;
-        if self.tracker.is_none() {
+        if self.block_grid().is_none() {
             return Err(Error::NotTracked { disk: self.name.clone() });
         }
-        if let Some(size) = self.growing_to() {
-            return Err(Error::ResizeUnfinished { disk: self.name.clone(), size });
-        }
+        self.check_not_growing()?;
         match self.snapshots().first() {
             Some(snapshot) => {
                 Err(Error::SnapshotsHeld { disk: self.name.clone(), snapshot: snapshot.name.clone() })
             }
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn check_not_growing(&self) -> Result<(), Error> {
+        match self.growing_to() {
+            Some(size) => Err(Error::ResizeUnfinished { disk: self.name.clone(), size }),
             None => Ok(()),
         }
     }

@@ -137,7 +137,7 @@ impl<S: Storage> Disk<S> {
         };
         let at_the_end = ByteRange::new(old - 1, old);
         if let Some(tracker) = &tracker {
-            if !old.is_multiple_of(tracker.grid().bytes()) {
+            if !old.is_multiple_of(tracker.grid().bytes()) && !self.is_switched_off() {
                 self.mark_changed(io, self.lane(), &[at_the_end]).await?;
             }
             tracker.mark(ByteRange::new(old, size), self.history.epoch());

@@ -10,7 +10,7 @@ use cbt::{BlockGrid, Cells, ChangeId, Epoch};
 
 use crate::disk::Disk;
 use crate::format::DiskState;
-use crate::open::bytes_of;
+use crate::open::{ResetReason, bytes_of};
 use crate::storage::Storage;
 
 /// Why a generation began, and when.
@@ -45,7 +45,7 @@ pub struct TrackerStatus {
     pub at_risk: bool,
     /// A stop of the host ends the generation: the log, the map or the image could not be written.
     pub ends_with_host: bool,
-    /// Why the generation began, if it did since the disk was opened.
+    /// Why the generation began, if that is known: also of one that began before the disk was opened.
     pub began: Option<Began>,
     /// Checkpoints of the disk, of all generations.
     pub checkpoints: usize,
@@ -74,7 +74,8 @@ impl<S: Storage> Disk<S> {
             presumed_bytes: hot.iter().map(|range| range.len()).sum(),
             at_risk: self.is_tracking_at_risk(),
             ends_with_host: grid.is_some() && in_doubt,
-            began: self.generation_began(),
+            began: ResetReason::numbered(superblock.began_reason)
+                .map(|reason| Began { code: reason.code(), at_ns: superblock.began_ns }),
             checkpoints: self.checkpoints().len(),
         }
     }

@@ -220,6 +220,8 @@ impl<S: Storage> View<S> {
         // A page is published before it is marked, so a copy that is torn or late is found out here;
         // the fence keeps the look-up behind the copy.
         fence(Acquire);
+        // So is a generation that ended before the page was marked in the next one without being frozen.
+        self.tracked()?;
         match self.locate(key)? {
             // Pages of the map are never released.
             Place::Live | Place::Released => Ok(()),

@@ -232,6 +232,8 @@ pub struct DiskModel {
     cleared: u64,
     /// A new generation may be on the medium that nobody was told of.
     pub resetting: bool,
+    /// An operator switched tracking off.
+    pub off: bool,
     /// When the last one was asked for.
     reset_at: u64,
     /// The block size, if changes are tracked.
@@ -287,6 +289,7 @@ impl Oracle {
             generation: None,
             cleared: 0,
             resetting: false,
+            off: false,
             reset_at: 0,
             grid: None,
         });
@@ -724,6 +727,13 @@ impl Oracle {
         model.told.push(Told { id, begin, end: now });
         model.resetting = false;
         if durable { self.flushed(disk, begin) } else { Ok(()) }
+    }
+
+    /// Tracking of the disk is off or on from now on, which outlives restarts.
+    pub fn switched(&mut self, disk: usize, off: bool, grid: Option<BlockGrid>) {
+        let model = &mut self.disks[disk];
+        model.off = off;
+        model.grid = grid.or(model.grid);
     }
 
     /// It was refused before anything was written.

@@ -40,9 +40,12 @@ fn a_tracker_tells_how_it_is() -> Result<()> {
     drop(guest);
     scene.restart(Signal::KILL)?;
     let kept = tracker(&mut scene, "vda")?;
-    ensure!(kept["reason"] == "kept" && kept["change-id"] == hot["change-id"], "{kept}");
+    ensure!(
+        kept["reason"] == "new" && kept["began"] == fresh["began"] && kept["change-id"] == hot["change-id"],
+        "{kept}"
+    );
     let text = scene.daemon.ask(&["tracker", "show", "vda"])?;
-    ensure!(text.contains("the history goes on") && text.contains("kept") && !text.contains("vdb"), "{text}");
+    ensure!(text.contains("the history goes on") && text.contains("new") && !text.contains("vdb"), "{text}");
     let error = scene.qmp.call("query-tracker", json!({ "disk": "none" })).unwrap_err();
     ensure!(error.to_string().contains("none"), "{error}");
     Ok(())
@@ -72,7 +75,7 @@ fn a_reset_begins_a_new_generation_and_ends_what_was_based_on_the_old_one() -> R
     drop(guest);
     scene.restart(Signal::KILL)?;
     let after = tracker(&mut scene, "vda")?;
-    ensure!(after["change-id"] == reset["change-id"] && after["reason"] == "kept", "{after}");
+    ensure!(after["change-id"] == reset["change-id"] && after["reason"] == "operator", "{after}");
     scene.freeze("t", &["vda"])?;
     let since = reset["change-id"].as_str().context("a change id")?;
     let changed = scene.changed("vda", since, "t")?;
@@ -81,5 +84,56 @@ fn a_reset_begins_a_new_generation_and_ends_what_was_based_on_the_old_one() -> R
         changed == std::slice::from_ref(&later),
         "what changed since the reset, and no more: {changed:?}"
     );
+    Ok(())
+}
+
+#[test]
+fn tracking_is_switched_off_and_on_by_command_lines_while_the_guest_writes() -> Result<()> {
+    let mut scene = Scene::start(&[disk("vda"), Disk { read_only: true, ..disk("vdr") }])?;
+    let mut guest = scene.guest("vda", 1)?;
+    guest.write(0, &[1; 4096])?;
+    let before = tracker(&mut scene, "vda")?;
+    for (verb, wanted) in
+        [("reset", "A new generation begins with"), ("disable", "vda are not tracked any more")]
+    {
+        let text = scene.daemon.ask(&["tracker", verb, "vda"])?;
+        ensure!(text.contains(wanted), "{verb}: {text}");
+    }
+    let off = tracker(&mut scene, "vda")?;
+    ensure!(off["on"] == false && off["reason"] == "tracking-disabled", "{off}");
+    ensure!(off["generation"] != before["generation"] && off["block-size"] == 0, "{off}");
+    let since = before["change-id"].as_str().context("a change id")?;
+    let all = scene.qmp.call("query-incremental", json!({ "since": since, "disks": ["vda"] }))?;
+    ensure!(all[0]["possible"] == false && all.to_string().contains("tracking-off"), "{all}");
+    guest.write(2048, &[3; 4096])?;
+    scene.freeze("untracked", &["vda"])?;
+    for (verb, disk, wanted) in [
+        ("tracker-disable", "vda", "off already"),
+        ("tracker-reset", "vda", "does not track"),
+        ("tracker-enable", "none", "none"),
+        ("tracker-enable", "vdr", "read-only"),
+        ("tracker-disable", "vdr", "read-only"),
+    ] {
+        let error = scene.qmp.call(verb, json!({ "disk": disk })).unwrap_err().to_string();
+        ensure!(error.contains(wanted), "{verb} {disk}: {error}");
+    }
+    drop(guest);
+    scene.restart(Signal::KILL)?;
+    let text = scene.daemon.ask(&["tracker", "show", "vda"])?;
+    ensure!(text.contains("tracking-disabled"), "a restart does not forget it: {text}");
+    let text = scene.daemon.ask(&["tracker", "enable", "vda"])?;
+    ensure!(text.contains("are tracked since"), "{text}");
+    let on = tracker(&mut scene, "vda")?;
+    ensure!(on["on"] == true && on["reason"] == "tracking-enabled", "{on}");
+    let error = scene.qmp.call("tracker-enable", json!({ "disk": "vda" })).unwrap_err().to_string();
+    ensure!(error.contains("on already"), "{error}");
+    let mut guest = scene.guest("vda", 1)?;
+    guest.write(1024, &[2; 4096])?;
+    drop(guest);
+    scene.freeze("t", &["vda"])?;
+    let since = on["change-id"].as_str().context("a change id")?;
+    let changed = scene.changed("vda", since, "t")?;
+    let later = (512 << 10)..(576 << 10);
+    ensure!(changed == std::slice::from_ref(&later), "what changed since it is on: {changed:?}");
     Ok(())
 }

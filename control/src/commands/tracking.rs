@@ -70,6 +70,38 @@ impl Command for TrackerReset {
     type Answer = TrackerDetails;
 }
 
+/// Tracks the changes of a disk again, from now on, while it is served: the next backup is a full one.
+///
+/// A new generation begins, with the reason `tracking-enabled`; guests' writes wait for a flush of the image. Refused if
+/// changes are tracked already, on a read-only disk, or while a rewind or a resize is under way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TrackerEnable {
+    /// The disk's name.
+    pub disk: String,
+}
+
+impl Command for TrackerEnable {
+    const NAME: &'static str = "tracker-enable";
+    type Answer = TrackerDetails;
+}
+
+/// Tracks the changes of a disk no more, also after a restart, until [`TrackerEnable`]: guests' writes cost no marks.
+///
+/// The generation ends, with the reason `tracking-disabled`. Snapshots stay, and can be taken, but answer
+/// no changes. Refused as that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TrackerDisable {
+    /// The disk's name.
+    pub disk: String,
+}
+
+impl Command for TrackerDisable {
+    const NAME: &'static str = "tracker-disable";
+    type Answer = TrackerDetails;
+}
+
 /// Asks how the trackers of one disk or of all are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -116,10 +148,10 @@ pub struct TrackerDetails {
     /// If the host stops before a new start of the daemon after a reboot, the generation ends, and the next
     /// backup must be a full one.
     pub ends_with_host: bool,
-    /// When the generation began, if it did since the daemon started.
+    /// When the generation began, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began: Option<Timestamp>,
-    /// Why it began, as a stable code; `kept` if it was there when the daemon started.
+    /// Why it began, as a stable code (`tracking-disabled` if an operator switched tracking off); `kept` if that is not known, for its superblock was of an older version.
     pub reason: String,
     /// Checkpoints of the disk.
     pub checkpoints: u32,

@@ -276,6 +276,14 @@ impl Service for Rehearsal {
         Ok(TrackerDetails { disk: reset.disk, ..Default::default() })
     }
 
+    fn tracker_enable(&self, enable: TrackerEnable) -> Answer<TrackerDetails> {
+        Ok(TrackerDetails { disk: enable.disk, on: true, ..Default::default() })
+    }
+
+    fn tracker_disable(&self, disable: TrackerDisable) -> Answer<TrackerDetails> {
+        Ok(TrackerDetails { disk: disable.disk, ..Default::default() })
+    }
+
     fn tracker_mark(&self, _: TrackerMark) -> Answer<Nothing> {
         Ok(Nothing {})
     }

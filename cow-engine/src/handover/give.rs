@@ -61,6 +61,9 @@ pub async fn export<S: Storage>(io: &S, left: &Left<'_, S>, to: Place<'_, S>) ->
     check_left(&found, left)?;
     let grid =
         BlockGrid::new(found.block_bytes).map_err(|_| refuse("changes of the disk are not tracked"))?;
+    if found.switched_off {
+        return Err(refuse("tracking of the disk is switched off"));
+    }
     let cells = cells_of::<S::Cells>(Some(grid), found.capacity);
     if !names.iter().any(|name| name == MAP_FILE) {
         return Err(refuse("its change map is missing"));
@@ -193,7 +196,7 @@ impl<S: Storage> Disk<S> {
     ) -> Result<Moved, Error> {
         self.check_unwound()?;
         let untracked = || Error::NotTracked { disk: self.name.clone() };
-        let tracker = self.tracker.as_ref().map(ArcSwap::load_full).ok_or_else(untracked)?;
+        let tracker = self.marking().map(ArcSwap::load_full).ok_or_else(untracked)?;
         if let Some(size) = self.growing_to() {
             return Err(Error::ResizeUnfinished { disk: self.name.clone(), size });
         }

@@ -66,6 +66,9 @@ pub async fn import<S: Storage>(io: &S, arrival: &Arrival<'_, S>) -> Result<Move
         rewind: NO_REWIND,
         path: arrival.image_path.clone(),
         growing_to: None,
+        began_ns: 0,
+        began_reason: 0,
+        switched_off: false,
     };
     let next = end_old(io, arrival, old.superblock.as_ref(), next).await?;
     remove_old(io, arrival.dir, &names)?;

@@ -58,6 +58,9 @@ fn superblock(sequence: u64) -> Superblock {
         rewind: NO_REWIND,
         path: "/vm/a.img".into(),
         growing_to: None,
+        began_ns: 0,
+        began_reason: 0,
+        switched_off: false,
     }
 }
 

@@ -476,7 +476,15 @@ impl<'a> Rig<'a> {
                 assert!(!must || before != generation, "disk {at}: the generation goes on: {report:?}");
                 assert!(may || before == generation, "disk {at}: the generation was dropped: {report:?}");
             }
-            oracle.opened(at, generation, disk.block_grid());
+            let off = disk.is_switched_off();
+            let unsure = matches!(report.reset, Some(ResetReason::New | ResetReason::Damaged));
+            let unsure = unsure || oracle.disks[at].resetting || spec.damaged;
+            assert!(
+                unsure || off == oracle.disks[at].off,
+                "disk {at}: an operator's word is lost: {report:?}"
+            );
+            oracle.disks[at].off = off;
+            oracle.opened(at, generation, disk.tracker_grid());
             if let Err(what) = oracle.size_told(at, disk.capacity()) {
                 panic!("{what}: {report:?}");
             }
@@ -546,7 +554,7 @@ impl<'a> Rig<'a> {
         let judging = work::judge_all(self.shared.clone(), disks.to_vec(), random, power);
         assert!(self.sim.run(judging, u64::MAX).is_some());
         for (spec, disk) in self.specs.iter_mut().zip(disks) {
-            spec.block = disk.block_grid().map_or(0, BlockGrid::bytes);
+            spec.block = disk.tracker_grid().map_or(0, BlockGrid::bytes);
             (spec.clean, spec.power, spec.edited, spec.damaged) = (Clean::No, false, false, false);
             (spec.unseen, spec.quiet) = (false, false);
             (spec.attempts, spec.other_block) = (0, false);

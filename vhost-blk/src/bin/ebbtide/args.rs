@@ -281,6 +281,20 @@ pub(crate) enum TrackerCommand {
         #[command(flatten)]
         query: Query,
     },
+    /// Track the changes of a disk again, from now on: the next backup is a full one
+    Enable {
+        /// The disk
+        disk: String,
+        #[command(flatten)]
+        query: Query,
+    },
+    /// Track the changes of a disk no more, until it is enabled again: its history ends, snapshots stay
+    Disable {
+        /// The disk
+        disk: String,
+        #[command(flatten)]
+        query: Query,
+    },
     /// Export the history of a disk that no daemon uses, and hand the disk over: opened here again, it begins anew
     Export {
         /// The state directory, such as IMAGE.ebb

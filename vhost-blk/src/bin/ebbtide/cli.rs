@@ -10,8 +10,8 @@ use control::commands::{
     BlockResize, CheckpointCreate, CheckpointDelete, Command as Verb, DiskRevert, MarkRange, NbdExportAdd,
     NbdExportDel, PageLimit, QueryChangeMap, QueryChangedBlocks, QueryCheckpoints, QueryDisks, QueryExports,
     QueryIncremental, QuerySnapshots, QueryStatus, QueryTracker, SnapshotClose, SnapshotCreate,
-    SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit, TrackerDetails, TrackerExport, TrackerMark,
-    TrackerReset,
+    SnapshotDelete, SnapshotOpen, StoreAppend, StoreLimit, TrackerDetails, TrackerDisable, TrackerEnable,
+    TrackerExport, TrackerMark, TrackerReset,
 };
 use control::{Client, ClientError, paths, render};
 use serde::Serialize;
@@ -63,6 +63,14 @@ fn answer(command: Command) -> Result<String, ClientError> {
         Command::Tracker(TrackerCommand::Reset { disk, query }) => {
             let text = |now: &TrackerDetails| format!("A new generation begins with {}\n", now.change_id);
             call(&query, &TrackerReset { disk }, text)
+        }
+        Command::Tracker(TrackerCommand::Enable { disk, query }) => {
+            let text = |now: &TrackerDetails| format!("Changes are tracked since {}\n", now.change_id);
+            call(&query, &TrackerEnable { disk }, text)
+        }
+        Command::Tracker(TrackerCommand::Disable { disk, query }) => {
+            let text = |now: &TrackerDetails| format!("Changes of {} are not tracked any more\n", now.disk);
+            call(&query, &TrackerDisable { disk }, text)
         }
         Command::Tracker(_) => unreachable!("they talk to no daemon"),
         Command::Disks(query) => call(&query, &QueryDisks {}, |all| render::disks(all)),

@@ -13,8 +13,8 @@ use control::commands::{
     QueryChangedBlocks, QueryCheckpoints, QueryDisks, QueryExports, QueryIncremental, QuerySnapshots,
     QueryStatus, QueryTracker, RewindInfo, RunState, SnapshotClose, SnapshotCreate, SnapshotCreated,
     SnapshotDelete, SnapshotDeleted, SnapshotInfo, SnapshotOpen, SnapshotPoint, SnapshotState, StatusInfo,
-    StoreAppend, StoreLimit, Timestamp, TrackerDetails, TrackerExport, TrackerExported, TrackerInfo,
-    TrackerMark, TrackerReset,
+    StoreAppend, StoreLimit, Timestamp, TrackerDetails, TrackerDisable, TrackerEnable, TrackerExport,
+    TrackerExported, TrackerInfo, TrackerMark, TrackerReset,
 };
 use control::service::{Answer, reason};
 use control::{CommandError, Event, EventHub, Service};
@@ -53,6 +53,16 @@ pub(crate) struct ControlService {
 impl ControlService {
     fn served(&self, name: &str) -> Answer<&Served> {
         self.disks.iter().find(|served| served.spec.name == name).ok_or_else(|| no_disk(name))
+    }
+
+    /// A disk whose tracking may be switched on or off.
+    fn switchable(&self, name: &str) -> Answer<&Disk<HostStorage>> {
+        let served = self.served(name)?;
+        if served.spec.read_only {
+            let text = format!("Disk '{name}' is read-only: there are no changes to track");
+            return Err(CommandError::generic(reason::READ_ONLY, text));
+        }
+        Ok(&served.disk)
     }
 
     /// The disks that were named, or all.
@@ -289,6 +299,20 @@ impl Service for ControlService {
         let disk = &self.served(&arguments.disk)?.disk;
         let mut admin = self.upkeep.admin();
         on_ring(async |io| disk.reset_tracking(&mut admin, &io, group::GATE_DEADLINE).await)?;
+        Ok(describe_tracker(disk))
+    }
+
+    fn tracker_enable(&self, arguments: TrackerEnable) -> Answer<TrackerDetails> {
+        let disk = self.switchable(&arguments.disk)?;
+        let mut admin = self.upkeep.admin();
+        on_ring(async |io| disk.enable_tracking(&mut admin, &io, group::GATE_DEADLINE).await)?;
+        Ok(describe_tracker(disk))
+    }
+
+    fn tracker_disable(&self, arguments: TrackerDisable) -> Answer<TrackerDetails> {
+        let disk = self.switchable(&arguments.disk)?;
+        let mut admin = self.upkeep.admin();
+        on_ring(async |io| disk.disable_tracking(&mut admin, &io, group::GATE_DEADLINE).await)?;
         Ok(describe_tracker(disk))
     }
 
