@@ -36,7 +36,7 @@ impl<S: Storage> Disk<S> {
     /// chose that writes wait or fail.
     ///
     /// # Errors
-    /// [`Error::NotTracked`]; [`Error::PastEnd`] if one passes the disk's end, and then none is marked, unless it becomes smaller meanwhile; what could
+    /// [`Error::NotTracked`]; [`Error::PastEnd`] if one passes the disk's end, and then none is marked; what could
     /// not be frozen, if writes would wait or fail for it. Those of the map's file: then all are marked, and a
     /// stop of the host may lose them.
     pub async fn mark_changed(&self, io: &S, lane: Lane, ranges: &[ByteRange]) -> Result<(), Error> {
@@ -60,7 +60,11 @@ impl<S: Storage> Disk<S> {
     async fn mark_piece(&self, io: &S, lane: Lane, range: ByteRange) -> Result<(), Error> {
         let _pass = self.gate.enter(lane).await;
         self.check_kept()?;
-        self.check(range.start(), range.len())?;
+        // The disk may have become smaller: what is past its end is no part of it any more.
+        let range = range.intersect(ByteRange::new(0, self.capacity()));
+        if range.is_empty() {
+            return Ok(());
+        }
         let newest = self.newest.load_full().filter(|snapshot| snapshot.broken().is_none());
         let preserving = newest.as_ref().and_then(|snapshot| snapshot.begin_preserving());
         let snapshot = newest.as_ref().filter(|_| preserving.is_some());

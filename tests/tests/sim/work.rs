@@ -345,9 +345,6 @@ async fn mark(shared: &Shared, at: usize, disk: &SimDisk, lane: Lane, random: &m
     match &answer {
         // Marked, and perhaps not durably.
         Err(error @ Error::Io { .. }) if !refused => shared.allow("marking", error),
-        Err(Error::PastEnd { size, .. }) => {
-            assert!(bytes.iter().any(|range| range.end() > *size), "{answer:?}")
-        }
         _ => assert!(tracked == answer.is_ok() || refused, "marking: {answer:?}"),
     }
     for mark in marks {
