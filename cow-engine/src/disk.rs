@@ -234,10 +234,11 @@ impl<S: Storage> Disk<S> {
 
     /// Reads from the live disk.
     ///
-    /// # Panics
-    /// If the range passes the disk's end; requests are checked where they enter.
+    /// # Errors
+    /// [`Error::PastEnd`] if the range passes the disk's end: requests are checked where they enter, and the disk
+    /// may have become smaller since. Those of the image.
     pub async fn read(&self, io: &S, at: u64, into: Target<'_>) -> Result<(), Error> {
-        let range = self.check(at, into.len() as u64);
+        let range = self.check(at, into.len() as u64)?;
         if self.rewind.load().is_some() {
             return Box::pin(self.read_rewinding(io, range, into)).await;
         }
@@ -250,8 +251,8 @@ impl<S: Storage> Disk<S> {
 
     /// Writes to the live disk; see the module for the order of effects.
     ///
-    /// # Panics
-    /// If the range passes the disk's end; requests are checked where they enter.
+    /// # Errors
+    /// As of [`Disk::read`]; what the operator chose to be told, if old content cannot be preserved.
     pub async fn write(
         &self,
         io: &S,
@@ -260,7 +261,7 @@ impl<S: Storage> Disk<S> {
         from: Source<'_>,
         durability: Durability,
     ) -> Result<(), Error> {
-        let range = self.check(at, from.len() as u64);
+        let range = self.check(at, from.len() as u64)?;
         let _pass = self.admit(io, lane, range).await?;
         // Within the gate: a rewind begins behind a closed one.
         if self.rewind.load().is_some() {
@@ -311,10 +312,10 @@ impl<S: Storage> Disk<S> {
     /// Gives back the space of a range, whose content nobody needs. It reads as zeros where the image
     /// can do that, and as before where it cannot (VIRTIO 1.2 §5.2.6.2 allows either).
     ///
-    /// # Panics
-    /// If `range` passes the disk's end; requests are checked where they enter.
+    /// # Errors
+    /// As of [`Disk::write`].
     pub async fn discard(&self, io: &S, lane: Lane, range: ByteRange) -> Result<(), Error> {
-        self.check(range.start(), range.len());
+        self.check(range.start(), range.len())?;
         let _pass = self.admit(io, lane, range).await?;
         if self.rewind.load().is_some() {
             return Box::pin(self.discard_rewinding(io, range)).await;
@@ -327,8 +328,8 @@ impl<S: Storage> Disk<S> {
 
     /// Makes a range read as zeros.
     ///
-    /// # Panics
-    /// If `range` passes the disk's end; requests are checked where they enter.
+    /// # Errors
+    /// As of [`Disk::write`].
     pub async fn write_zeroes(
         &self,
         io: &S,
@@ -337,7 +338,7 @@ impl<S: Storage> Disk<S> {
         zeroing: Zeroing,
         durability: Durability,
     ) -> Result<(), Error> {
-        self.check(range.start(), range.len());
+        self.check(range.start(), range.len())?;
         let _pass = self.admit(io, lane, range).await?;
         if self.rewind.load().is_some() {
             Box::pin(self.zero_rewinding(io, range, zeroing)).await?;
@@ -631,13 +632,10 @@ impl<S: Storage> Disk<S> {
     }
 
     /// Checks that `len` bytes at `at` are on the disk.
-    fn check(&self, at: u64, len: u64) -> ByteRange {
-        let range = ByteRange::at(at, len);
-        let capacity = self.capacity();
-        match range.filter(|range| range.end() <= capacity) {
-            Some(range) => range,
-            None => panic!("{len} bytes at {at} pass the end of the disk at {capacity}"),
-        }
+    pub(crate) fn check(&self, at: u64, len: u64) -> Result<ByteRange, Error> {
+        let size = self.capacity();
+        let range = ByteRange::at(at, len).filter(|range| range.end() <= size);
+        range.ok_or_else(|| Error::PastEnd { disk: self.name.clone(), offset: at, length: len, size })
     }
 }
 

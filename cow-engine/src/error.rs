@@ -203,8 +203,10 @@ pub enum Error {
         /// Bytes that a disk can have at most.
         max: u64,
     },
-    /// A disk cannot become smaller.
-    #[error("disk '{disk}' has {now} bytes and cannot be made smaller, to {size}")]
+    /// A disk does not become smaller unless that is said.
+    #[error(
+        "disk '{disk}' has {now} bytes, and what is past {size} would be lost if it became smaller: say 'shrink' if that is meant"
+    )]
     Shrink {
         /// The disk.
         disk: String,
@@ -212,6 +214,12 @@ pub enum Error {
         size: u64,
         /// Bytes that it has.
         now: u64,
+    },
+    /// A block device cannot be cut.
+    #[error("disk '{disk}' is a block device, which cannot be made smaller while it is served")]
+    ShrinkDevice {
+        /// The disk.
+        disk: String,
     },
     /// The image is not as long as the disk, or as the disk shall be.
     #[error(
@@ -486,6 +494,7 @@ impl Error {
             Self::PastEnd { .. } => "past-end",
             Self::BadSize { .. } => "bad-size",
             Self::Shrink { .. } => "shrink",
+            Self::ShrinkDevice { .. } => "shrink-device",
             Self::ImageLength { .. } => "image-length",
             Self::ResizeUnfinished { .. } => "resize-unfinished",
             Self::SnapshotsHeld { .. } => "snapshots-held",

@@ -51,6 +51,14 @@ pub(crate) struct Closed<'a> {
     gate: &'a Gate,
 }
 
+impl<'a> Closed<'a> {
+    /// Counts in who holds the gate closed, to change the disk itself. To be dropped before the gate opens.
+    pub(crate) fn pass(&self, lane: Lane) -> Pass<'a> {
+        self.gate.inside[lane.0].0.fetch_add(1, SeqCst);
+        Pass { gate: self.gate, lane }
+    }
+}
+
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         self.gate.open();

@@ -45,6 +45,7 @@ mod reset;
 mod resize;
 mod rewind;
 mod sample;
+mod shrink;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod slots;

@@ -42,9 +42,8 @@ impl<S: Storage> Disk<S> {
     pub async fn mark_changed(&self, io: &S, lane: Lane, ranges: &[ByteRange]) -> Result<(), Error> {
         let grid = self.block_grid().ok_or_else(|| Error::NotTracked { disk: self.name.clone() })?;
         let capacity = self.capacity();
-        if let Some(range) = ranges.iter().find(|range| range.end() > capacity) {
-            let (offset, length) = (range.start(), range.len());
-            return Err(Error::PastEnd { disk: self.name.clone(), offset, length, size: capacity });
+        for range in ranges {
+            self.check(range.start(), range.len())?;
         }
         for blocks in joined(ranges.iter().map(|range| grid.covering(*range))) {
             let piece_blocks = PAGES_AT_ONCE * cbt::CELLS_PER_PAGE as u64;
@@ -61,6 +60,11 @@ impl<S: Storage> Disk<S> {
     async fn mark_piece(&self, io: &S, lane: Lane, range: ByteRange) -> Result<(), Error> {
         let _pass = self.gate.enter(lane).await;
         self.check_kept()?;
+        // The disk may have become smaller: what is past its end is no part of it any more.
+        let range = range.intersect(ByteRange::new(0, self.capacity()));
+        if range.is_empty() {
+            return Ok(());
+        }
         let newest = self.newest.load_full().filter(|snapshot| snapshot.broken().is_none());
         let preserving = newest.as_ref().and_then(|snapshot| snapshot.begin_preserving());
         let snapshot = newest.as_ref().filter(|_| preserving.is_some());

@@ -277,7 +277,13 @@ impl<S: Storage> Disk<S> {
         let len = old_map.as_ref().map(|(_, len)| *len);
         let begun = found.as_ref().and_then(|found| found.growing_to);
         let most = begun.map_or(cells, |to| cells_of::<S::Cells>(options.tracking, to).max(cells));
-        let fits = len.is_some_and(|len| (bytes_of(cells)..=bytes_of(most)).contains(&len));
+        // A map of the same blocks may be longer: the disk was larger. The rest is cut.
+        let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
+        let same_blocks = found.as_ref().is_some_and(|found| found.block_bytes == block_bytes);
+        let fits = len.is_some_and(|len| {
+            len >= bytes_of(cells)
+                && (len <= bytes_of(most) || same_blocks && len.is_multiple_of(PAGE as u64))
+        });
         if !fits {
             verdict.reset.get_or_insert(ResetReason::Damaged);
         }
@@ -410,6 +416,11 @@ impl<S: Storage> Disk<S> {
             if let Some(intent) = &intent {
                 intent.give_up();
             }
+        }
+        if begun.is_some() && next.growing_to.is_none() && verdict.reset.is_none() {
+            // Its length may be known to the page cache only. Were the other one forgotten before, a power cut could
+            // bring that one back, and nobody could explain it.
+            io.sync(&options.image).await.map_err(Error::io("flushing the image"))?;
         }
         // Before the superblock says that the disk is served, and after the old generation ended: until then the
         // next opening must see what this one saw.
@@ -770,12 +781,13 @@ pub(crate) fn cells_of<C: Cells>(tracking: Option<BlockGrid>, capacity: u64) -> 
     tracking.map_or(CONTROL_CELLS, |grid| Tracker::<C>::cells_needed(grid, capacity))
 }
 
-/// Whether the map is as long as the superblock's writer left it, or in the midst of being replaced.
+/// Whether the map is as long as the superblock's writer left it, or in the midst of being replaced. It is longer
+/// than the disk needs if the disk is on its way to be larger, or was larger.
 pub(crate) fn is_as_left<C: Cells>(found: &Superblock, len: Option<u64>) -> bool {
     let tracking = BlockGrid::new(found.block_bytes).ok();
     let cells = |capacity: u64| bytes_of(cells_of::<C>(tracking, capacity));
-    let lengths = cells(found.capacity)..=cells(found.growing_to.unwrap_or(found.capacity));
-    found.state == DiskState::Resetting || len.is_some_and(|len| lengths.contains(&len))
+    let is_long = |len: u64| len >= cells(found.capacity) && len.is_multiple_of(PAGE as u64);
+    found.state == DiskState::Resetting || len.is_some_and(is_long)
 }
 
 /// Opens the map's file, if there is one; its length in bytes.

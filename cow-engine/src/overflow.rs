@@ -186,6 +186,8 @@ impl<S: Storage> Disk<S> {
     pub(crate) async fn admit(&self, io: &S, lane: Lane, range: ByteRange) -> Result<Pass<'_>, Error> {
         let pass = self.gate.enter(lane).await;
         self.check_kept()?;
+        // Within the gate: the disk becomes smaller behind a closed one.
+        self.check(range.start(), range.len())?;
         match self.before_change(io, lane, range, None).await {
             Ok(()) => Ok(pass),
             Err(stuck) => {
@@ -215,6 +217,7 @@ impl<S: Storage> Disk<S> {
             let seen = self.holds.lock().round;
             let pass = self.gate.enter(lane).await;
             self.check_kept()?;
+            self.check(range.start(), range.len())?;
             match self.before_change(io, lane, range, give_up).await {
                 Ok(()) => return Ok(pass),
                 Err(stuck) => last = *stuck,

@@ -39,9 +39,8 @@
 //! the instant. What is past a snapshot's end is not preserved for it, and not merged into it. The grain at
 //! the old end, if it is not a whole one, is preserved whole; what is past the end in it is never read.
 //!
-//! Invariant: a disk never becomes smaller, so whoever checked a range against an older size was right.
-//! Absent: shrinking. It would have to prove that no snapshot, overlay, reader or request in flight knows the
-//! larger size.
+//! Invariant: whoever checked a range against an older size was right, as far as this module goes.
+//! Absent: shrinking ([`crate::shrink`]).
 
 use std::sync::Arc;
 use std::sync::PoisonError;
@@ -59,7 +58,7 @@ use crate::storage::Storage;
 use crate::tracker::Tracker;
 
 /// Bytes that a disk can have at most.
-const MAX_BYTES: u64 = 1 << 56;
+pub(crate) const MAX_BYTES: u64 = 1 << 56;
 
 impl<S: Storage> Disk<S> {
     /// Makes the disk larger, while it is served. What is new reads as zeros and counts as changed.
@@ -106,7 +105,7 @@ impl<S: Storage> Disk<S> {
     }
 
     /// The order of effects; see the module.
-    async fn grow(&self, io: &S, size: u64) -> Result<(), Error> {
+    pub(crate) async fn grow(&self, io: &S, size: u64) -> Result<(), Error> {
         if self.poisoned.load(SeqCst) {
             return Err(Error::Poisoned);
         }
@@ -179,7 +178,9 @@ impl<S: Storage> Disk<S> {
         }
         let Some(tracker) = self.tracker.as_ref().map(ArcSwap::load_full) else { return Ok(None) };
         let fail = || Error::io("making the change map longer");
-        let cells = cells_of::<S::Cells>(Some(tracker.grid()), size);
+        // Never less than was mapped before: a map that was longer, for a disk that was larger, may be in use.
+        let mapped = tracker.cells().cells().len();
+        let cells = cells_of::<S::Cells>(Some(tracker.grid()), size).max(mapped);
         let file = io.open(&self.dir, MAP_FILE).map_err(fail())?;
         io.allocate(&file, bytes_of(cells)).map_err(fail())?;
         let mapped = io.map(&file, cells).map_err(fail())?;

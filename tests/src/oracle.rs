@@ -23,7 +23,8 @@
 //!   the beginning of the older and the end of the later. Asked again, the answer is the same. A mark counts
 //!   as a change that leaves the content as it is.
 //! - **Sizes.** A disk has the size that it had, or that a resize shall give it; once it has told that one, it
-//!   keeps it over any crash. What is new is zeros, and marked. A view ends where the disk did.
+//!   keeps it over any crash. What is new is zeros, and marked. A view ends where the disk did. One that was to
+//!   become smaller has what it had, or is cut; whatever comes past its end later is marked.
 //! - **Holes** of a view read as zeros.
 //! - **Releases.** What a reader has released is answered with an error, and is in no hole; everything else
 //!   is as it was. A release that was cut off or failed may hold for each of its grains or not.
@@ -355,7 +356,7 @@ impl Oracle {
     /// A resize to `size` bytes begins.
     pub fn begin_resize(&mut self, disk: usize, size: u64) {
         let capacity = self.disks[disk].capacity;
-        let mark = self.issue_mark(disk, self.grown(disk, capacity, size));
+        let mark = self.issue_mark(disk, self.grown(disk, capacity.min(size), capacity.max(size)));
         self.disks[disk].growing.push(Growing { size, mark });
     }
 
@@ -376,6 +377,10 @@ impl Oracle {
             return Err(format!("disk {disk} has {size} bytes"));
         };
         let old = std::mem::replace(&mut self.disks[disk].capacity, size);
+        if size < old {
+            self.cut_to(disk, size, old);
+            return Ok(());
+        }
         let Some(cut) = self.disks[disk].marks[growing.mark].cut else {
             self.answer_mark(disk, growing.mark, true);
             return Ok(());
@@ -386,6 +391,47 @@ impl Oracle {
         let same = self.disks[disk].generation.is_some_and(|(_, began)| began < cut);
         self.answer_mark(disk, mark, same);
         Ok(())
+    }
+
+    /// A disk has become smaller, and nobody was told yet: a power cut may bring the old size back, with what was
+    /// there; else what is past the end is zeros when it grows again.
+    fn cut_to(&mut self, disk: usize, size: u64, old: u64) {
+        let sectors: Vec<u64> = self.past(disk, size);
+        let now = self.now();
+        let end = Some((now, End::Failed));
+        self.changes.push(Change {
+            value: 0,
+            issued: now,
+            end,
+            durable: false,
+            settled: false,
+            only_power: false,
+        });
+        let change = self.changes.len() - 1;
+        for sector in sectors {
+            self.disks[disk].sectors.entry(sector).or_default().push(Entry { change, seen: None });
+        }
+        let mark = self.issue_mark(disk, self.grown(disk, size, old));
+        self.disks[disk].growing = vec![Growing { size: old, mark }];
+    }
+
+    /// It was answered that a disk is smaller: what was past its end is gone for good.
+    pub fn shrunk(&mut self, disk: usize, size: u64) {
+        for sector in self.past(disk, size) {
+            self.disks[disk].sectors.remove(&sector);
+        }
+        self.forget_resize(disk);
+    }
+
+    /// Sectors from `size` on that were ever changed.
+    fn past(&self, disk: usize, size: u64) -> Vec<u64> {
+        self.disks[disk].sectors.range(size / SECTOR as u64..).map(|(&sector, _)| sector).collect()
+    }
+
+    /// The least size that the image of a disk may have now.
+    pub fn least_size(&self, disk: usize) -> u64 {
+        let model = &self.disks[disk];
+        model.growing.iter().map(|growing| growing.size).fold(model.capacity, u64::min)
     }
 
     /// A resize was answered with an error. It may still be finished by a later opening.
@@ -403,7 +449,8 @@ impl Oracle {
     /// A disk was opened: what it may have marked in vain counts as marked.
     fn note_attempt(&mut self, disk: usize) {
         for growing in self.disks[disk].growing.clone() {
-            let sectors = self.grown(disk, self.disks[disk].capacity, growing.size);
+            let now = self.disks[disk].capacity;
+            let sectors = self.grown(disk, now.min(growing.size), now.max(growing.size));
             let mark = self.issue_mark(disk, sectors);
             self.answer_mark(disk, mark, false);
         }
@@ -929,7 +976,7 @@ impl Oracle {
             let made = !change.settled && !change.only_power;
             made && change.issued >= end && ended.is_some_and(|time| time <= later_begin)
         };
-        for (&sector, history) in &model.sectors {
+        for (&sector, history) in model.sectors.range(..member.capacity / SECTOR as u64) {
             if let Some(entry) = history.iter().find(|entry| known(entry))
                 && !covers(answer, sector)
             {

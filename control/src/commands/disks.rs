@@ -14,9 +14,10 @@ impl Command for QueryDisks {
     type Answer = Vec<DiskInfo>;
 }
 
-/// Makes a disk larger, while it is served. What is new reads as zeros, and counts as changed.
+/// Gives a disk another size, while it is served. What is new reads as zeros, and counts as changed.
 ///
-/// The image becomes as long, unless it is a block device: that has to have the size already.
+/// The image becomes as long, unless it is a block device: that has to have the size already, and cannot become
+/// smaller.
 ///
 /// Analogue: QEMU's `block_resize`, which names the disk by `device` or `node-name`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,8 +25,11 @@ impl Command for QueryDisks {
 pub struct BlockResize {
     /// The disk's name.
     pub disk: String,
-    /// The new capacity in bytes: a multiple of the logical block size, not smaller than now.
+    /// The new capacity in bytes: a multiple of the logical block size.
     pub size: u64,
+    /// The disk may become smaller: what is past its new end is lost. Refused while a snapshot is held.
+    #[serde(default)]
+    pub shrink: bool,
 }
 
 impl Command for BlockResize {

@@ -19,7 +19,7 @@ use crate::disk::{Disk, with_sources};
 use crate::error::Error;
 use crate::format::{self, MAP_FILE, PAGE, Superblock};
 use crate::memory::{Source, Target};
-use crate::open::bytes_of;
+use crate::open::{bytes_of, cells_of};
 use crate::sample::{self as places, Place};
 use crate::storage::{Durability, Storage};
 use crate::tracker::{CONTROL_PAGES, LOG_DOUBT, MAP_DOUBT};
@@ -283,7 +283,8 @@ impl<S: Storage> Disk<S> {
         // pass for a hole.
         let len = match self.control.map_in_doubt(&self.boot()) {
             true => 0,
-            false => bytes_of(self.map_cells().cells().len()),
+            // Of a map that is longer than the disk needs the rest is cut at the next opening, and so is not summed up.
+            false => bytes_of(cells_of::<S::Cells>(self.block_grid(), capacity)),
         };
         let sample = Sample {
             disk: self.id,

@@ -69,8 +69,9 @@ pub async fn export<S: Storage>(io: &S, left: &Left<'_, S>, to: Place<'_, S>) ->
         return Err(refuse("its change map is missing"));
     }
     let map = io.open(left.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
-    if io.len(&map).map_err(Error::io("opening the change map"))? != bytes_of(cells) {
-        return Err(refuse("its change map has another size than the disk"));
+    // It may be longer, of a disk that was larger.
+    if io.len(&map).map_err(Error::io("opening the change map"))? < bytes_of(cells) {
+        return Err(refuse("its change map is shorter than the disk needs"));
     }
     let map_and_len = Some((&map, bytes_of(cells)));
     let (dir, image) = (left.dir, left.image);

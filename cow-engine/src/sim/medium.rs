@@ -18,6 +18,7 @@ pub(super) const PAGE: usize = 4096;
 pub(super) const SECTOR: usize = 512;
 
 /// A page of a file. Its sectors are the bits of the masks.
+#[derive(Clone)]
 struct Page {
     data: Box<[u8; PAGE]>,
     /// On the medium, for sectors that are dirty or lost.
@@ -45,6 +46,18 @@ impl Page {
         }
         self.dirty |= mask;
         self.data[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Takes what is from `rest` on from `other`.
+    fn take_rest(&mut self, other: &Self, rest: usize) {
+        let mask = mask_of(rest..PAGE);
+        self.data[rest..].copy_from_slice(&other.data[rest..]);
+        if let Some(theirs) = &other.old {
+            let old = self.old.get_or_insert_with(|| self.data.clone());
+            old[rest..].copy_from_slice(&theirs[rest..]);
+        }
+        self.dirty = self.dirty & !mask | other.dirty & mask;
+        self.lost = self.lost & !mask | other.lost & mask;
     }
 
     fn clean(&mut self, mask: u8) {
@@ -119,6 +132,8 @@ pub(super) struct File {
     /// A sync failed and nobody was told: the next one is.
     pub(super) untold_failure: bool,
     pages: BTreeMap<u64, Page>,
+    /// What a power cut may bring back: pages as they were when the file was cut, which no sync has made durable.
+    cut_off: BTreeMap<u64, Page>,
     mapped: Option<Mapped>,
 }
 
@@ -133,6 +148,7 @@ impl File {
             failed_syncs: 0,
             untold_failure: false,
             pages: BTreeMap::new(),
+            cut_off: BTreeMap::new(),
             mapped: None,
         }
     }
@@ -212,6 +228,7 @@ impl File {
         }
         self.durable_len = self.len;
         self.durable_mtime = self.mtime;
+        self.cut_off.clear();
     }
 
     /// A sync failed: what it should have written counts as clean, and may or may not be there.
@@ -240,7 +257,10 @@ impl File {
 
     pub(super) fn set_len(&mut self, len: u64, now: u64) {
         if len < self.len {
-            self.cut_to(len);
+            let cut = self.cut_to(len);
+            if len < self.durable_len {
+                self.cut_off = cut;
+            }
         }
         self.len = len;
         self.mtime = now;
@@ -310,6 +330,10 @@ impl File {
     /// What was not synced is, sector by sector, there or not.
     pub(super) fn power_cut(&mut self, random: &mut Random) {
         let keep = Keep::random(random);
+        if self.len < self.durable_len && !keep.flip(random) {
+            self.bring_back();
+        }
+        self.cut_off.clear();
         for page in self.pages.values_mut() {
             let unsynced = page.dirty | page.lost;
             if let Some(old) = &page.old {
@@ -322,7 +346,7 @@ impl File {
             }
             page.clean(unsynced);
         }
-        if self.len != self.durable_len && !keep.flip(random) {
+        if self.len > self.durable_len && !keep.flip(random) {
             self.cut_to(self.durable_len);
         }
         self.durable_len = self.len;
@@ -387,14 +411,29 @@ impl File {
         self.finish_durable(at, len);
     }
 
-    fn cut_to(&mut self, len: u64) {
+    /// Answers the pages that went, also the one that went in part.
+    fn cut_to(&mut self, len: u64) -> BTreeMap<u64, Page> {
         self.len = len;
         let (whole, rest) = (len / PAGE as u64, usize::try_from(len % PAGE as u64).unwrap_or(0));
         let beyond = self.pages.split_off(&whole);
-        if let Some(mut page) = beyond.into_values().next().filter(|_| rest != 0) {
+        if let Some(page) = beyond.get(&whole).filter(|_| rest != 0) {
+            let mut page = page.clone();
             page.data[rest..].fill(0);
             self.pages.insert(whole, page);
         }
+        beyond
+    }
+
+    /// The file has the length again that is durable, and what was cut off.
+    fn bring_back(&mut self) {
+        let rest = usize::try_from(self.len % PAGE as u64).unwrap_or(0);
+        for (index, cut) in std::mem::take(&mut self.cut_off) {
+            match self.pages.get_mut(&index) {
+                Some(page) => page.take_rest(&cut, rest),
+                None => drop(self.pages.insert(index, cut)),
+            }
+        }
+        self.len = self.durable_len;
     }
 }
 

@@ -50,7 +50,8 @@ enum State {
 impl Oracle {
     /// Grains of a snapshot's view that must be read before it is known what a revert to it makes of them.
     pub fn undetermined(&self, group: usize, disk: usize) -> BTreeSet<u64> {
-        let sectors = self.disks[disk].sectors.keys();
+        let end = self.disks[disk].capacity / SECTOR as u64;
+        let sectors = self.disks[disk].sectors.range(..end).map(|(sector, _)| sector);
         let unknown = sectors.filter(|&&sector| self.shown(group, disk, sector).is_none());
         unknown.map(|sector| sector * SECTOR as u64 / GRAIN).collect()
     }
@@ -73,7 +74,8 @@ impl Oracle {
         let issued = self.now();
         let mut values = BTreeMap::new();
         let mut kinds: BTreeMap<(Stamp, bool), Vec<u64>> = BTreeMap::new();
-        for (&sector, history) in &self.disks[disk].sectors {
+        let end = self.disks[disk].capacity / SECTOR as u64;
+        for (&sector, history) in self.disks[disk].sectors.range(..end) {
             let late = |entry: &Entry| self.change(entry).end.is_none_or(|(end, _)| end >= since);
             if !history.iter().any(late) {
                 continue;

@@ -723,7 +723,7 @@ impl<'a> Rig<'a> {
     /// Changes an image behind the engine's back. If its time of change is set back, where a sample was taken.
     fn edit(&mut self, at: usize, unseen: bool) {
         let mut oracle = self.shared.oracle.borrow_mut();
-        let sectors = oracle.disks[at].capacity / SECTOR as u64;
+        let sectors = oracle.least_size(at) / SECTOR as u64;
         let first = if unseen { 0 } else { self.random.below(sectors) };
         let end = (first + self.random.within(1..20)).min(sectors);
         let number = oracle.changed_offline(at, first..end);

@@ -237,6 +237,9 @@ async fn read(shared: &Shared, at: usize, disk: &SimDisk, random: &mut Random, m
     let answer = disk.read(&shared.io, range.start(), Target::of(&mut bytes)).await;
     match answer {
         _ if shared.is_dead() => {}
+        // It was cut before it was read, or meanwhile.
+        Err(Error::PastEnd { size, .. }) if size < range.end() => {}
+        _ if disk.capacity() < range.end() => {}
         Ok(()) => judge(shared.oracle.borrow_mut().live_read(at, begin, range.start(), &bytes)),
         Err(error) => shared.allow("reading", &error),
     }
@@ -305,6 +308,10 @@ async fn change(
     // The bits of what a rewind has brought back may have no space either, after the bytes are written.
     let unsaved = fua && disk.rewind().is_some();
     match answer {
+        // The disk has become smaller before it had its turn.
+        Err(Error::PastEnd { size, .. }) if size < range.end() => {
+            judge(shared.oracle.borrow_mut().refused(at, number));
+        }
         Err(error) if shared.writes_may_fail() && error.is_out_of_space() && !unsaved => {
             judge(shared.oracle.borrow_mut().refused(at, number));
         }
@@ -393,21 +400,28 @@ pub(crate) async fn administrator(
 /// Sectors that a disk grows to at most.
 const MOST_SECTORS: u64 = 26_000;
 
-/// Makes a disk larger: by a little, by whole blocks, or past a border of a page of the map.
+/// Makes a disk smaller or larger: by a little, by whole blocks, or past a border of a page of the map.
 async fn resize(shared: &Shared, admin: &mut group::Admin, disks: &[SimDisk], random: &mut Random) {
     let at = random.index(disks.len());
     let sectors = disks[at].capacity() / SECTOR as u64;
+    let less = random.one_in(2);
     let size = match random.below(3) {
+        _ if less => random.within(sectors / 2..sectors).max(1),
         0 => sectors + random.within(1..16),
         1 => (sectors / 8 + random.within(1..40)) * 8,
         _ => sectors + random.within(1..5000),
     } * SECTOR as u64;
-    if size > MOST_SECTORS * SECTOR as u64 {
+    if size > MOST_SECTORS * SECTOR as u64 || size == disks[at].capacity() {
         return;
     }
+    let held: Vec<String> = disks[at].snapshots().iter().map(|one| one.name().to_owned()).collect();
     shared.oracle.borrow_mut().begin_resize(at, size);
     let rewinding = disks[at].rewind().is_some();
-    let answer = disks[at].resize(admin, &shared.io, size).await;
+    let limit = Duration::from_secs(random.within(1..60));
+    let answer = match less {
+        true => disks[at].shrink(admin, &shared.io, size, limit).await,
+        false => disks[at].resize(admin, &shared.io, size).await,
+    };
     if shared.is_dead() {
         return;
     }
@@ -415,11 +429,20 @@ async fn resize(shared: &Shared, admin: &mut group::Admin, disks: &[SimDisk], ra
     let told = disks[at].capacity();
     judge(shared.oracle.borrow_mut().size_told(at, told));
     match answer {
-        Ok(()) => assert_eq!(told, size, "disk {at}: what was answered is so"),
+        Ok(()) => {
+            assert_eq!(told, size, "disk {at}: what was answered is so");
+            if less {
+                assert!(held.is_empty(), "disk {at} became smaller under {held:?}");
+                shared.oracle.borrow_mut().shrunk(at, size);
+            }
+        }
         Err(error) => {
-            assert_ne!(told, size, "disk {at}: {error}");
+            assert!(less || told != size, "disk {at}: {error}");
             shared.oracle.borrow_mut().not_resized(at);
             match error {
+                // Also one that was deleted and is not gone yet.
+                Error::SnapshotsHeld { .. } if less => assert_ne!(told, size, "it was refused"),
+                Error::GateTimeout { .. } if less => assert_ne!(told, size, "it was refused"),
                 Error::RewindActive { .. } if rewinding => {}
                 // One before it was refused half-way, or is kept from being finished by a rewind.
                 Error::ResizeUnfinished { .. } => {}

@@ -133,13 +133,16 @@ pub(crate) struct Query {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DiskCommand {
-    /// Make a disk larger, and its image if that is a file
+    /// Make a disk larger, or smaller with --shrink, and its image if that is a file
     Resize {
         /// The disk
         disk: String,
         /// The new size in bytes, or with K, M, G or T for powers of 1024
         #[arg(value_parser = size_of)]
         size: u64,
+        /// Let the disk become smaller: what is past its new end is lost
+        #[arg(long)]
+        shrink: bool,
         #[command(flatten)]
         query: Query,
     },

@@ -74,8 +74,8 @@ fn answer(command: Command) -> Result<String, ClientError> {
         }
         Command::Tracker(_) => unreachable!("they talk to no daemon"),
         Command::Disks(query) => call(&query, &QueryDisks {}, |all| render::disks(all)),
-        Command::Disk(DiskCommand::Resize { disk, size, query }) => {
-            call(&query, &BlockResize { disk, size }, render::resized)
+        Command::Disk(DiskCommand::Resize { disk, size, shrink, query }) => {
+            call(&query, &BlockResize { disk, size, shrink }, render::resized)
         }
         Command::Disk(DiskCommand::Mark { disk, ranges, query }) => {
             let text = format!("Marked: the next snapshot of {disk} has it among its changes\n");

@@ -1,9 +1,9 @@
-//! `block_resize`: what can be checked on the host before the engine makes a disk larger.
+//! `block_resize`: what can be checked on the host before the engine gives a disk another size.
 
 use control::CommandError;
 use control::commands::{BlockResize, BlockResized};
 use control::service::{Answer, reason};
-use cow_engine::group::Admin;
+use cow_engine::group::{Admin, GATE_DEADLINE};
 
 use crate::serve::Served;
 use crate::service::on_ring;
@@ -11,7 +11,7 @@ use crate::service::on_ring;
 /// Bytes of the change map for each tracked block.
 const CELL_BYTES: u64 = 4;
 
-/// Makes a disk larger and tells its front end.
+/// Gives a disk another size and tells its front end.
 pub(crate) fn resize(served: &Served, admin: &mut Admin, wanted: &BlockResize) -> Answer<BlockResized> {
     let (disk, name, size) = (&served.disk, &wanted.disk, wanted.size);
     let block = u64::from(served.spec.logical_block_bytes);
@@ -25,8 +25,13 @@ pub(crate) fn resize(served: &Served, admin: &mut Admin, wanted: &BlockResize) -
     }
     check_room(served, size)?;
     let before = disk.capacity();
-    on_ring(async |io| disk.resize(admin, &io, size).await)?;
-    let announced = before != size && served.device.announce_size();
+    let done = on_ring(async |io| match wanted.shrink {
+        true => disk.shrink(admin, &io, size, GATE_DEADLINE).await,
+        false => disk.resize(admin, &io, size).await,
+    });
+    // Also after an error: the image may be cut by then.
+    let announced = before != disk.capacity() && served.device.announce_size();
+    done?;
     log::info!("{name}: resized from {before} to {size} bytes");
     Ok(BlockResized { disk: name.clone(), size, announced })
 }

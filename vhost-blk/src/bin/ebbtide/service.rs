@@ -477,9 +477,11 @@ pub(crate) fn explain(error: Error) -> CommandError {
         Error::NotTracked { .. } => CommandError::generic(reason::TRACKING_OFF, text),
         Error::AreaRefused { .. } => CommandError::generic(reason::STORE_REFUSED, text),
         Error::LimitInUse { .. } => CommandError::generic(reason::LIMIT_IN_USE, text),
-        Error::BadName { .. } | Error::PastEnd { .. } | Error::BadSize { .. } | Error::Shrink { .. } => {
-            CommandError::generic(reason::BAD_ARGUMENT, text)
-        }
+        Error::BadName { .. }
+        | Error::PastEnd { .. }
+        | Error::BadSize { .. }
+        | Error::Shrink { .. }
+        | Error::ShrinkDevice { .. } => CommandError::generic(reason::BAD_ARGUMENT, text),
         Error::Io { ref source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => {
             CommandError::generic(reason::FILE_EXISTS, text)
         }
