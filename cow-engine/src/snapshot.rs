@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
 
-use cbt::{Cells, ChangeId, Epoch, Generation};
+use cbt::{Cells, ChangeId, Epoch, Generation, PageIndex};
 use zerocopy::IntoBytes;
 
 use crate::claims::Claims;
@@ -40,6 +40,8 @@ pub struct Snapshot<S: Storage> {
     pub(crate) created_ns: u64,
     /// Runs of keys that someone is preserving, or releasing.
     pub(crate) claims: Claims,
+    /// Pages of the change map in which something may have been marked at the instant, once somebody has looked.
+    pub(crate) marked_pages: OnceLock<Box<[Range<PageIndex>]>>,
     /// Grains that readers have released.
     pub(crate) released: Released,
     disk: [u8; 16],
@@ -105,6 +107,7 @@ impl<S: Storage> Snapshot<S> {
             capacity: header.capacity,
             created_ns: header.created_ns,
             claims: Claims::default(),
+            marked_pages: OnceLock::new(),
             released: Released::new(header.capacity.div_ceil(GRAIN as u64)),
             disk: header.disk,
             newer: AtomicU32::new(header.newer),

@@ -11,6 +11,7 @@ mod findings;
 mod launch;
 mod machine;
 mod memory;
+mod scale;
 mod snapshots;
 mod subject;
 mod table;
@@ -196,6 +197,7 @@ fn compare(options: &Options) -> Result<()> {
     }
     snapshots::rest(&bench, options, &mut results);
     cold::measure(&bench, options, &mut results);
+    scale::measure(&bench, options, &mut results);
     let mut costs = Vec::new();
     for row in rows.iter().filter(|row| is_tracked(row) && options.wants(Contender::Untracked)) {
         match tracking::measure(&bench, options, row) {
