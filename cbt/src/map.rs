@@ -102,8 +102,10 @@ impl<C: Cells> Map<C> {
     pub fn copy_page(&self, page: PageIndex, out: &mut [u8; PAGE_BYTES]) {
         let first = to_index(page) * CELLS_PER_PAGE;
         let cells = &self.cells.cells()[first..first + CELLS_PER_PAGE];
-        for (bytes, cell) in out.as_chunks_mut::<4>().0.iter_mut().zip(cells) {
-            *bytes = cell.load(Relaxed).to_le_bytes();
+        // Two at a time, since loads of atomics are not made vectors: half the stores.
+        for (bytes, [low, high]) in out.as_chunks_mut::<8>().0.iter_mut().zip(cells.as_chunks::<2>().0) {
+            let (low, high) = (low.load(Relaxed), high.load(Relaxed));
+            *bytes = (u64::from(high) << 32 | u64::from(low)).to_le_bytes();
         }
     }
 

@@ -280,7 +280,7 @@ async fn write_runs<S: Storage>(
     // But for what an earlier flush could not write.
     let certain = !disk.control.map_in_doubt(&disk.boot());
     let map = io.open(&disk.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
-    let mut encoder = Encoder::new(head.id);
+    let (mut encoder, tracker) = (Encoder::new(head.id), view.tracked()?);
     let mut cells = Box::new([0; PAGE_BYTES]);
     let pages = blocks.div_ceil(CELLS_PER_PAGE as u64);
     let mut next = 0;
@@ -304,7 +304,7 @@ async fn write_runs<S: Storage>(
                 page = end;
             }
             while page < end {
-                view.read_map_page(io, page, &mut cells).await?;
+                view.read_map_page(io, &tracker, page, &mut cells).await?;
                 let here = (blocks - page * CELLS_PER_PAGE as u64).min(CELLS_PER_PAGE as u64);
                 encoder.push_cells(&cells, usize::try_from(here).unwrap_or(CELLS_PER_PAGE));
                 page += 1;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::fence;
 
+use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Changes, Epoch, PAGE_BYTES, PageIndex};
 
 use crate::chain::{self, Place};
@@ -22,6 +23,7 @@ use crate::index::{Key, Slot};
 use crate::memory::Target;
 use crate::snapshot::Snapshot;
 use crate::storage::{Extent, Storage};
+use crate::tracker::Tracker;
 use crate::walk;
 
 /// Runs of the change map's pages that are told apart; what follows them is read as a whole. A MiB.
@@ -189,7 +191,7 @@ impl<S: Storage> View<S> {
         let mut cells = Box::new([0; PAGE_BYTES]);
         let mut full = false;
         for page in self.marked_pages(io, tracker.pages_of(range)).await.into_iter().flatten() {
-            self.read_map_page(io, page, &mut cells).await?;
+            self.read_map_page(io, &tracker, page, &mut cells).await?;
             changes.page(page, &cells, |changed| full |= keep(changed) >= limit);
             if full {
                 break;
@@ -258,18 +260,19 @@ impl<S: Storage> View<S> {
     pub(crate) async fn read_map_page(
         &self,
         io: &S,
+        tracker: &Tracker<S::Cells>,
         page: u64,
         cells: &mut [u8; PAGE_BYTES],
     ) -> Result<(), Error> {
         let key = Key::map_page(page);
         if self.locate(key)? == Place::Live {
-            self.tracked()?.copy_page(page, cells);
+            tracker.copy_page(page, cells);
         }
         // A page is published before it is marked, so a copy that is torn or late is found out here;
         // the fence keeps the look-up behind the copy.
         fence(Acquire);
         // So is a generation that ended before the page was marked in the next one without being frozen.
-        self.tracked()?;
+        self.check_history()?;
         match self.locate(key)? {
             // Pages of the map are never released.
             Place::Live | Place::Released => Ok(()),
@@ -287,11 +290,17 @@ impl<S: Storage> View<S> {
     }
 
     /// The tracker, if it knows this snapshot's history.
-    fn tracked(&self) -> Result<Arc<crate::tracker::Tracker<S::Cells>>, Error> {
-        let same = self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation();
-        match &self.disk.tracker {
-            Some(tracker) if same => Ok(tracker.load_full()),
-            _ => Err(Error::NotTracked { disk: self.disk.name.clone() }),
+    pub(crate) fn tracked(&self) -> Result<Arc<Tracker<S::Cells>>, Error> {
+        self.check_history()?;
+        let untracked = || Error::NotTracked { disk: self.disk.name.clone() };
+        self.disk.tracker.as_ref().map(ArcSwap::load_full).ok_or_else(untracked)
+    }
+
+    /// Whether the map is still that of the snapshot's generation.
+    fn check_history(&self) -> Result<(), Error> {
+        match self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation() {
+            true => Ok(()),
+            false => Err(Error::NotTracked { disk: self.disk.name.clone() }),
         }
     }
 
