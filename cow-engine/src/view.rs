@@ -20,11 +20,17 @@ use crate::disk::Disk;
 use crate::error::Error;
 use crate::format::{GRAIN, MAP_FILE, SnapshotState};
 use crate::index::{Key, Slot};
-use crate::memory::Target;
+use crate::memory::{AlignedBuf, Target};
 use crate::snapshot::Snapshot;
 use crate::storage::{Extent, Storage};
 use crate::tracker::Tracker;
 use crate::walk;
+
+/// Preserved bytes between live ones that are not read along with these.
+const GAP: u64 = 8 * GRAIN as u64;
+
+/// Parts in slots that are read at once, so that memory is bounded: a MiB, where they are gaps.
+const TOGETHER: usize = 32;
 
 /// Runs of the change map's pages that are told apart; what follows them is read as a whole. A MiB.
 const MOST_RUNS: usize = 1 << 16;
@@ -78,7 +84,10 @@ impl<S: Storage> View<S> {
         let chain = chain::from(&list, &self.snapshot)?;
         let mut from = at;
         while from < end {
-            let (found, to) = run(chain, from, end)?;
+            let (found, mut to) = run(chain, from, end)?;
+            if matches!(found, Found::Live) {
+                to = over_gaps(chain, to, end)?;
+            }
             let part = &mut out[index(from - at)..index(to - at)];
             match found {
                 Found::Zero => part.fill(0),
@@ -106,7 +115,7 @@ impl<S: Storage> View<S> {
         Error::ContentReleased { name: self.snapshot.name.clone(), at }
     }
 
-    /// Reads from the live disk, then puts in place of it what was preserved meanwhile.
+    /// Reads from the live disk, then puts in place of it what is preserved, or was meanwhile.
     async fn read_live(&self, io: &S, at: u64, out: &mut [u8]) -> Result<(), Error> {
         let read = io.read(&self.disk.image, at, Target::of(out)).await;
         read.map_err(Error::io("reading the image for a snapshot"))?;
@@ -114,17 +123,37 @@ impl<S: Storage> View<S> {
         let list = self.disk.chain.now();
         let chain = chain::from(&list, &self.snapshot)?;
         let end = at + out.len() as u64;
-        let mut from = at;
+        let (mut from, mut kept) = (at, Vec::new());
         while from < end {
             let (found, to) = run(chain, from, end)?;
-            let part = &mut out[index(from - at)..index(to - at)];
+            let part = index(from - at)..index(to - at);
             match found {
-                Found::Zero => part.fill(0),
-                Found::Slots(slot) => self.read_slots(io, slot, from, part).await?,
+                Found::Zero => out[part].fill(0),
+                Found::Slots(slot) => kept.push(Kept { slot, skip: from % GRAIN as u64, part }),
                 Found::Live => {}
                 Found::Released => return Err(self.released(from)),
             }
             from = to;
+        }
+        for together in kept.chunk_by(Kept::goes_on).flat_map(|run| run.chunks(TOGETHER)) {
+            self.read_together(io, together, out).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads parts of `out` that are in slots one after the other.
+    async fn read_together(&self, io: &S, parts: &[Kept], out: &mut [u8]) -> Result<(), Error> {
+        let [first, .., _] = parts else {
+            let Some(only) = parts.first() else { return Ok(()) };
+            return self.disk.store.read(io, only.slot, only.skip, &mut out[only.part.clone()]).await;
+        };
+        let mut bounce = AlignedBuf::zeroed(parts.iter().map(|kept| kept.part.len()).sum());
+        self.disk.store.read(io, first.slot, first.skip, &mut bounce).await?;
+        let mut rest = &bounce[..];
+        for kept in parts {
+            let (these, later) = rest.split_at(kept.part.len());
+            out[kept.part.clone()].copy_from_slice(these);
+            rest = later;
         }
         Ok(())
     }
@@ -323,6 +352,38 @@ enum Found {
     Slots(u32),
     Live,
     Released,
+}
+
+/// A part of a buffer that is in slots from `slot` on, but for so many bytes of the first.
+struct Kept {
+    slot: u32,
+    skip: u64,
+    part: Range<usize>,
+}
+
+impl Kept {
+    /// Whether `next` begins with the slot in which this one ends, to that one's last byte.
+    fn goes_on(&self, next: &Self) -> bool {
+        let end = u64::from(self.slot) * GRAIN as u64 + self.skip + self.part.len() as u64;
+        end == u64::from(next.slot) * GRAIN as u64 + next.skip
+    }
+}
+
+/// Where a run of live bytes that ends at `to` goes on to, over short gaps that are preserved: one read of all of it,
+/// and what is preserved put over it, is faster than many small ones.
+fn over_gaps<S: Storage>(chain: &[Arc<Snapshot<S>>], mut to: u64, end: u64) -> Result<u64, Error> {
+    let mut from = to;
+    while from < end {
+        let (found, next) = run(chain, from, end.min(from + GAP))?;
+        match found {
+            Found::Live => to = next,
+            Found::Released => break,
+            Found::Zero | Found::Slots(_) if next - to >= GAP => break,
+            Found::Zero | Found::Slots(_) => {}
+        }
+        from = next;
+    }
+    Ok(to)
 }
 
 /// Where the bytes from `from` on are, and how far that goes, at most to `end`.

@@ -146,6 +146,17 @@ impl Sim {
         file.map_or(0, |file| file.len)
     }
 
+    /// Whether the `len` bytes of a state file from `at` on are zero; those that it has not count as that.
+    pub fn is_zero(&self, dir: SimDir, name: &str, at: u64, len: usize) -> bool {
+        let world = self.world.borrow();
+        let file = world.dirs[dir.index()].names.get(name).and_then(|id| world.files.get(id));
+        let mut bytes = vec![0; len];
+        if let Some(file) = file {
+            file.read_mapped(at, &mut bytes);
+        }
+        bytes.iter().all(|&byte| byte == 0)
+    }
+
     /// Sets the faults that may happen from now on.
     pub fn set_faults(&self, rules: Vec<Rule>) {
         self.world.borrow_mut().rules = rules;

@@ -318,11 +318,18 @@ impl<'a> Rig<'a> {
                 _ if !is_checked(&name) && !is_summed => continue,
                 3 | 4 => Damage::Flip(place),
                 5 => Damage::Zero(place / 4096 * 4096, 4096),
-                // One record of zeros is none, and a kill may have left another that nobody counted.
-                6 if !closed && name.ends_with(".index") => continue,
                 6 => Damage::Zero(place / 16 * 16, 16),
                 _ => Damage::Copy { from: place / 16 * 16, to: random.below(len.max(1)) / 16 * 16, len: 16 },
             };
+            // One record of zeros is none, and a kill may have left another that nobody counted.
+            let is_zeros = match damage {
+                Damage::Zero(_, 16) => true,
+                Damage::Copy { from, len, .. } => self.sim.is_zero(dir, &name, from, len),
+                _ => false,
+            };
+            if is_zeros && !closed && name.ends_with(".index") {
+                continue;
+            }
             self.sim.damage(dir, &name, damage);
             self.specs[at].damaged = true;
         }
