@@ -140,3 +140,65 @@ impl<S: Storage> Disk<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use cbt::BlockGrid;
+
+    use super::*;
+    use crate::DiskOptions;
+    use crate::host::{Executor, HostDir, HostFile, HostStorage, ImageOptions};
+
+    /// What `ask` answers while a change is inside the gate, and after it.
+    fn beside_a_change<T>(ask: impl AsyncFn(&Disk<HostStorage>, &HostStorage, &mut Admin) -> T) -> [T; 2] {
+        let (executor, folder) = (Executor::new(16).unwrap(), tempfile::tempdir().unwrap());
+        let path = folder.path().join("image");
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        std::fs::create_dir(folder.path().join("state")).unwrap();
+        let options = ImageOptions { read_only: false, direct: false, logical_block_bytes: 512 };
+        let image = HostFile::open_image(&path, options).unwrap();
+        let options = DiskOptions {
+            name: "vda".into(),
+            identity: image.identity().unwrap(),
+            meanwhile: image.meanwhile().unwrap(),
+            image,
+            image_path: "/image".into(),
+            dir: HostDir::new(folder.path().join("state")),
+            tracking: Some(BlockGrid::new(4096).unwrap()),
+            boot: [1; 16],
+            events: Arc::new(|_| {}),
+            merge_step: crate::MERGE_STEP,
+            store: crate::StorePlan::default(),
+            region_bytes: None,
+        };
+        executor.block_on(async {
+            let io = executor.storage();
+            let (disk, _) = Disk::open(&io, options).await.unwrap();
+            let (mut admin, lane) = (Admin::new(), disk.lane());
+            let inside = disk.gate.enter(lane).await;
+            let during = ask(&disk, &io, &mut admin).await;
+            drop(inside);
+            [during, ask(&disk, &io, &mut admin).await]
+        })
+    }
+
+    #[test]
+    fn a_generation_begins_when_no_change_is_in_flight() {
+        const BRIEFLY: Duration = Duration::from_millis(20);
+        let answers = beside_a_change(async |disk, io, admin| {
+            let before = disk.change_id().generation;
+            let reset = disk.reset_tracking(admin, io, BRIEFLY).await;
+            let off = disk.disable_tracking(admin, io, BRIEFLY).await;
+            let on = disk.enable_tracking(admin, io, BRIEFLY).await;
+            (reset, off, on, disk.change_id().generation == before)
+        });
+        let [(reset, off, on, same), (reset_after, off_after, on_after, same_after)] = answers;
+        assert!(matches!(reset, Err(Error::GateTimeout { .. })), "{reset:?}");
+        assert!(matches!(off, Err(Error::GateTimeout { .. })), "{off:?}");
+        assert!(matches!(on, Err(Error::TrackingAlready { .. })), "{on:?}");
+        assert!(same, "nothing was changed");
+        assert!(reset_after.is_ok() && off_after.is_ok() && on_after.is_ok() && !same_after);
+    }
+}
