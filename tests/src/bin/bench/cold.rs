@@ -14,6 +14,7 @@ use crate::contender::{Bench, Contender};
 use crate::findings::{Goal, Unit};
 use crate::launch::{Setup, state_of};
 use crate::machine::Medium;
+use crate::snapshots::attempt;
 use crate::{Options, Results};
 
 const FILL: &str = "disk/tracking-fill";
@@ -36,22 +37,13 @@ const TOLD: [(usize, &str); 6] = [
     (20, "second 20, with ÷ without"),
 ];
 
-type Measure = fn(&Bench, &Options, &mut Results) -> Result<()>;
-
 /// Measures the rows that are wanted.
 pub(crate) fn measure(bench: &Bench, options: &Options, results: &mut Results) {
     if !options.wants(Contender::Untracked) {
         return;
     }
-    let rows: [(&str, Measure); 2] = [(FILL, fill), (BURST, burst)];
-    for (row, measure) in rows {
-        if options.wants_row(row) {
-            eprintln!("{row}");
-            if let Err(error) = measure(bench, options, results) {
-                results.failures.push(format!("{row}: {error:#}"));
-            }
-        }
-    }
+    attempt(options, results, FILL, |_, results| fill(bench, options, results));
+    attempt(options, results, BURST, |_, results| burst(bench, options, results));
 }
 
 /// The two in the order of a round.

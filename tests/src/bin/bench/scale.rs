@@ -23,6 +23,7 @@ use crate::contender::{Bench, Contender};
 use crate::findings::{Goal, Unit};
 use crate::launch::{Setup, text};
 use crate::machine::Medium;
+use crate::snapshots::attempt;
 use crate::{Options, Results};
 
 const HUGE: &str = "shm/scale-64t";
@@ -36,22 +37,13 @@ const DENSE_BYTES: u64 = 1 << 40;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-type Measure = fn(&Bench, &Options, &mut Results) -> Result<()>;
-
 /// Measures the rows that are wanted.
 pub(crate) fn measure(bench: &Bench, options: &Options, results: &mut Results) {
     if !options.wants(Contender::Ebbtide) {
         return;
     }
-    let rows: [(&str, Measure); 2] = [(HUGE, huge), (DENSE, dense)];
-    for (row, measure) in rows {
-        if options.wants_row(row) {
-            eprintln!("{row}");
-            if let Err(error) = measure(bench, options, results) {
-                results.failures.push(format!("{row}: {error:#}"));
-            }
-        }
-    }
+    attempt(options, results, HUGE, |_, results| huge(bench, options, results));
+    attempt(options, results, DENSE, |_, results| dense(bench, options, results));
 }
 
 fn millis(begin: Instant) -> f64 {

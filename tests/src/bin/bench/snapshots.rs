@@ -48,7 +48,7 @@ pub(crate) fn rest(bench: &Bench, options: &Options, results: &mut Results) {
 }
 
 /// Measures `row` if it is wanted. What it noted before it failed counts.
-fn attempt(
+pub(crate) fn attempt(
     options: &Options,
     results: &mut Results,
     row: &str,
