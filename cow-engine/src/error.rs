@@ -181,7 +181,7 @@ pub enum Error {
     },
     /// A range that is not on the disk.
     #[error(
-        "{length} bytes at offset {offset} pass the end of disk '{disk}', which has {size} bytes: nothing was marked"
+        "{length} bytes at offset {offset} pass the end of disk '{disk}', which has {size} bytes: nothing was changed"
     )]
     PastEnd {
         /// The disk.
