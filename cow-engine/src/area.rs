@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use cbt::ByteRange;
 
 use crate::areas::Entry;
-use crate::behind::Behind;
+use crate::behind::{Backlog, Behind};
 use crate::error::Error;
 use crate::format::{GRAIN, PAGE};
 use crate::memory::{Source, Target};
@@ -127,7 +127,7 @@ impl<S: Storage> Area<S> {
         io.read(&self.file, self.at(first) + skip, Target::of(out)).await
     }
 
-    pub(crate) fn write_behind(&self, io: &S) -> std::io::Result<bool> {
+    pub(crate) fn write_behind(&self, io: &S) -> std::io::Result<Backlog> {
         self.behind.step(io, &self.file)
     }
 

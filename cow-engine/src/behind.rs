@@ -16,14 +16,26 @@ use crate::storage::Storage;
 /// Bytes that stay in the cache: a snapshot that is gone before has cost no transfer to the medium.
 const KEPT: u64 = 512 << 20;
 
-/// Bytes on their way to the medium at a time, ahead of those that are waited for.
-const UNDER_WAY: u64 = 64 << 20;
+/// Bytes in the cache that are too many: guests wait for the medium then rather than the host for its memory.
+const TOO_MANY: u64 = 768 << 20;
+
+/// Bytes on their way to the medium at a time when there are too many. A guest's request may come behind all of
+/// them.
+const UNDER_WAY: u64 = 8 << 20;
 
 /// Bytes that one step waits for.
-const STEP: u64 = 8 << 20;
+const STEP: u64 = 1 << 20;
 
-/// Bytes that are written back at a time beside guests.
-const LITTLE: u64 = 1 << 20;
+/// What is left to be written back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Backlog {
+    /// Nothing that is due.
+    Nothing,
+    /// Something, which has time: the medium is the guests' first.
+    Some,
+    /// More than the host's memory should hold.
+    TooMuch,
+}
 
 /// Ranges, oldest first, and how many bytes they have.
 #[derive(Debug, Default)]
@@ -48,28 +60,28 @@ impl Behind {
         lock(&self.written).push(range);
     }
 
-    /// Does a bounded part of what is due, and may wait for the medium; whether there is more.
+    /// Does a bounded part of what is due, and may wait for the medium; what is left then.
     ///
     /// # Errors
     /// Those of the medium: what was written is lost, and no later flush will say so.
-    pub(crate) fn step<S: Storage>(&self, io: &S, file: &S::File) -> io::Result<bool> {
-        let kept = KEPT.saturating_sub(lock(&self.written).bytes);
-        let clean = lock(&self.clean).pop_above(kept, STEP);
+    pub(crate) fn step<S: Storage>(&self, io: &S, file: &S::File) -> io::Result<Backlog> {
+        let written = lock(&self.written).bytes;
+        let clean = lock(&self.clean).pop_above(KEPT.saturating_sub(written), STEP);
         if let Some(run) = clean {
             io.drop_behind(file, run)?;
-            return Ok(true);
+            return Ok(Backlog::of(written).max(Backlog::Some));
         }
-        while lock(&self.begun).bytes < UNDER_WAY
+        // One that has time is waited for alone: behind it a guest's request waits least.
+        let under_way = if written > TOO_MANY { UNDER_WAY } else { STEP };
+        while lock(&self.begun).bytes < under_way
             && let Some(run) = lock(&self.written).pop_above(KEPT, STEP)
         {
             io.write_behind(file, run)?;
             lock(&self.begun).push(run);
         }
-        let due = lock(&self.begun).pop_above(0, STEP);
-        if let Some(run) = due {
-            io.drop_behind(file, run)?;
-        }
-        Ok(due.is_some())
+        let Some(due) = lock(&self.begun).pop_above(0, STEP) else { return Ok(Backlog::Nothing) };
+        io.drop_behind(file, due)?;
+        Ok(Backlog::of(lock(&self.written).bytes).max(Backlog::Some))
     }
 
     /// Writes a little back that is not due yet, and waits for that; whether there was something. A flush that
@@ -78,12 +90,22 @@ impl Behind {
     /// # Errors
     /// As of [`Behind::step`].
     pub(crate) fn ease<S: Storage>(&self, io: &S, file: &S::File) -> io::Result<bool> {
-        let oldest = lock(&self.written).pop_above(0, LITTLE);
+        let oldest = lock(&self.written).pop_above(0, STEP);
         if let Some(run) = oldest {
             io.write_out(file, run)?;
             lock(&self.clean).push(run);
         }
         Ok(oldest.is_some())
+    }
+}
+
+impl Backlog {
+    fn of(written: u64) -> Self {
+        match written {
+            TOO_MANY.. => Self::TooMuch,
+            KEPT.. => Self::Some,
+            _ => Self::Nothing,
+        }
     }
 }
 

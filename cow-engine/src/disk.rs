@@ -23,6 +23,7 @@ use cbt::{BlockGrid, ByteRange, ChangeId, PAGE_BYTES, PageIndex};
 
 use crate::append::Appender;
 use crate::away::Meanwhile;
+use crate::behind::Backlog;
 use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
@@ -571,28 +572,28 @@ impl<S: Storage> Disk<S> {
     }
 
     /// Keeps the page cache that the store takes within bounds: some of what was written long ago leaves it.
-    /// Answers whether there is more. Blocks the thread; what is lost on the way breaks the snapshots.
-    pub async fn write_behind(&self, io: &S) -> bool {
+    /// Answers what is left. Blocks the thread; what is lost on the way breaks the snapshots.
+    pub async fn write_behind(&self, io: &S) -> Backlog {
         let done = self.store.write_behind(io);
-        self.or_break(io, done).await
+        self.or_break(io, done).await.unwrap_or(Backlog::Nothing)
     }
 
     /// Writes a little of the store back that [`Disk::check_stores`] would have to write at once, beside guests;
     /// whether there was something. Blocks the thread; what is lost on the way breaks the snapshots.
     pub async fn ease_stores(&self, io: &S) -> bool {
         let done = self.store.ease(io);
-        self.or_break(io, done).await
+        self.or_break(io, done).await.unwrap_or(false)
     }
 
-    /// Whether there is more to write back; what was lost breaks all that may have content in it.
-    async fn or_break(&self, io: &S, done: Result<bool, Error>) -> bool {
+    /// The answer of writing back; what was lost breaks all that may have content in it.
+    async fn or_break<T>(&self, io: &S, done: Result<T, Error>) -> Option<T> {
         match done {
-            Ok(more) => more,
+            Ok(answer) => Some(answer),
             Err(error) => {
                 if let Some(newest) = self.chain.now().last() {
                     self.break_snapshot(io, newest, &error).await;
                 }
-                false
+                None
             }
         }
     }

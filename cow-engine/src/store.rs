@@ -19,6 +19,7 @@ use arc_swap::ArcSwap;
 
 use crate::area::Area;
 use crate::areas::{AreaKind, Entry};
+use crate::behind::Backlog;
 use crate::error::Error;
 use crate::format::GRAIN;
 use crate::storage::Storage;
@@ -269,14 +270,14 @@ impl<S: Storage> Store<S> {
         self.areas.load().iter().for_each(|area| area.full.store(false, SeqCst));
     }
 
-    /// Takes some of what was written long ago out of the host's page cache; whether there is more.
+    /// Takes some of what was written long ago out of the host's page cache; what is left then.
     /// Blocks the thread.
-    pub(crate) fn write_behind(&self, io: &S) -> Result<bool, Error> {
-        let mut more = false;
+    pub(crate) fn write_behind(&self, io: &S) -> Result<Backlog, Error> {
+        let mut left = Backlog::Nothing;
         for area in self.areas().iter() {
-            more |= area.write_behind(io).map_err(Error::io("writing back the difference store"))?;
+            left = left.max(area.write_behind(io).map_err(Error::io("writing back the difference store"))?);
         }
-        Ok(more)
+        Ok(left)
     }
 
     /// Writes a little back of what is in the host's page cache only; whether there was something. Blocks the

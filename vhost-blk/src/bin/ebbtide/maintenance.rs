@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use control::EventHub;
+use cow_engine::Backlog;
 use cow_engine::group::Admin;
 use cow_engine::host::Executor;
 
@@ -116,7 +117,9 @@ fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
             if maintain(upkeep, &executor, served) {
                 pause = Duration::ZERO;
             }
-            while executor.block_on(served.disk.write_behind(&executor.storage())) && !upkeep.told().end {}
+            if write_behind(upkeep, &executor, served) {
+                pause = Duration::ZERO;
+            }
         }
         if measured.elapsed() >= TICK {
             measured = Instant::now();
@@ -152,6 +155,20 @@ fn ease(upkeep: &Upkeep, executor: &Executor, disks: &[Served]) -> bool {
             return false;
         }
         std::thread::sleep(3 * began.elapsed());
+    }
+    !upkeep.told().end
+}
+
+/// Keeps what the stores of a disk take of the host's memory within bounds; whether more is due.
+fn write_behind(upkeep: &Upkeep, executor: &Executor, served: &Served) -> bool {
+    let turn = Instant::now();
+    while turn.elapsed() < EASING && !upkeep.told().end {
+        let began = Instant::now();
+        match executor.block_on(served.disk.write_behind(&executor.storage())) {
+            Backlog::Nothing => return false,
+            Backlog::Some => std::thread::sleep(3 * began.elapsed()),
+            Backlog::TooMuch => {}
+        }
     }
     !upkeep.told().end
 }
