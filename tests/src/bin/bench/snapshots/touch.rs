@@ -10,6 +10,9 @@
 //!   Ebbtide, and one in sixteen for QEMU, which has copied the neighbours already. This is the best that
 //!   large clusters can do. Beside QEMU it has no goal: in memory, a multiple of QEMU's rate is more than
 //!   either reaches without a snapshot.
+//!
+//! A first touch reads and writes. So reads are measured as well: a first touch cannot be faster than a read and a
+//! write, one after the other, are on a medium that does one thing at a time.
 
 use std::collections::BTreeMap;
 
@@ -38,12 +41,13 @@ const NONE: &str = "no snapshot";
 const FIRST: &str = "first touch";
 const DENSE: &str = "first touch, dense";
 const ALL: &str = "all touched";
+const READS: &str = "reads";
 
 /// Who is compared.
 pub(crate) const SERVERS: [Contender; 2] = [Contender::Qsd, Contender::Ebbtide];
 
 /// The states in which writes are measured, in the order of the table.
-pub(crate) const STATES: [&str; 4] = [NONE, FIRST, DENSE, ALL];
+pub(crate) const STATES: [&str; 5] = [NONE, FIRST, DENSE, ALL, READS];
 
 /// What each state came to, in the order measured; one may occur twice.
 type Touches = Vec<(&'static str, Outcome)>;
@@ -147,16 +151,22 @@ fn judge(load: Load, medium: Medium, rates: &Rates, results: &mut Results) {
     ratio("first touch, dense ÷ qsd's", None, ours(DENSE), theirs(DENSE));
     ratio("first touch ÷ own without a snapshot", of_own, ours(FIRST), ours(NONE));
     ratio("first touch, dense ÷ own without a snapshot", of_own, ours(DENSE), ours(NONE));
+    ratio("first touch ÷ a read and a write", None, ours(FIRST), both(ours(READS), ours(NONE)));
     ratio("all touched ÷ own without a snapshot", Some(Goal::AtLeast(0.95)), ours(ALL), ours(NONE));
     ratio("all touched ÷ own without a snapshot, qsd", None, theirs(ALL), theirs(NONE));
+}
+
+/// The rate of a read and a write each, where the medium does one thing at a time.
+fn both(reads: Option<f64>, writes: Option<f64>) -> Option<f64> {
+    Some(1.0 / (1.0 / reads? + 1.0 / writes?))
 }
 
 fn random(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches> {
     let mut subject = Subject::start(bench, setup)?;
     let region = REGION_BYTES.min(options.size_bytes());
-    let anywhere = |subject: &Subject<'_>| {
+    let anywhere = |subject: &Subject<'_>, mix: &str, length: u64| {
         subject.load(|load| {
-            load.args(["--mix", "write", "--depth", "32", "--length", &region.to_string()]);
+            load.args(["--mix", mix, "--depth", "32", "--length", &length.to_string()]);
             load.args(["--seconds", &options.seconds().to_string()]);
         })
     };
@@ -167,18 +177,19 @@ fn random(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches>
             load.args(["--requests", &u64::MAX.to_string()]);
         })
     };
-    let mut touches = vec![(NONE, anywhere(&subject)?)];
+    let mut touches = vec![(NONE, anywhere(&subject, "write", region)?)];
 
     subject.take()?;
     touches.push((DENSE, once(&subject, GRAIN_BYTES, region)?));
-    touches.push((ALL, anywhere(&subject)?));
+    touches.push((ALL, anywhere(&subject, "write", region)?));
     subject.expect_preserved(region)?;
     subject.release_all_but(0)?;
     // Once more, so that a machine that drifts meanwhile does so for both sides of a ratio.
-    touches.push((NONE, anywhere(&subject)?));
+    touches.push((NONE, anywhere(&subject, "write", region)?));
+    let whole = options.size_bytes();
+    touches.push((READS, anywhere(&subject, "read", whole)?));
 
     subject.take()?;
-    let whole = options.size_bytes();
     touches.push((FIRST, once(&subject, CLUSTER_BYTES, whole)?));
     let unit = if setup.contender == Contender::Qsd { CLUSTER_BYTES } else { GRAIN_BYTES };
     subject.expect_preserved(whole / CLUSTER_BYTES * unit)?;
