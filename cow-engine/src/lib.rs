@@ -29,6 +29,7 @@ pub mod host;
 mod index;
 pub mod inspect;
 mod intent;
+mod known;
 mod mark;
 #[allow(unsafe_code)]
 pub mod memory;

@@ -17,6 +17,7 @@ use crate::claims::Claims;
 use crate::error::Error;
 use crate::format::{self, Broken, Entry, GRAIN, PAGE, RECORD, RawRecord, SnapshotHeader, SnapshotState};
 use crate::index::{Index, Key, Part, Slot};
+use crate::known::Known;
 use crate::memory::{Source, Target};
 use crate::overflow::Terms;
 use crate::released::Released;
@@ -47,6 +48,7 @@ pub struct Snapshot<S: Storage> {
     disk: [u8; 16],
     index_file: S::File,
     index: Index,
+    known: Known,
     /// Slots that its keys are in, or will be when an append under way has ended.
     slots: AtomicU64,
     /// See [`Terms`]; its limit is the one below.
@@ -113,6 +115,7 @@ impl<S: Storage> Snapshot<S> {
             newer: AtomicU32::new(header.newer),
             index_file,
             index: Index::default(),
+            known: Known::default(),
             slots: AtomicU64::new(0),
             limit: AtomicU64::new(header.terms.limit),
             terms: header.terms,
@@ -428,7 +431,15 @@ impl<S: Storage> Snapshot<S> {
 
     /// Whether `key` is preserved here, or need not be since it was released.
     pub(crate) fn has(&self, key: Key) -> bool {
-        self.index.get(key).is_some() || self.is_released(key)
+        let grain = key.as_grain();
+        if grain.is_some_and(|grain| self.known.has(grain)) {
+            return true;
+        }
+        let has = self.index.get(key).is_some() || self.is_released(key);
+        if let Some(grain) = grain.filter(|_| has) {
+            self.known.note(grain);
+        }
+        has
     }
 
     /// Whether the disk had `key` at its instant, or a part of it.
