@@ -7,7 +7,7 @@
 
 use std::hash::BuildHasher;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// What a snapshot can hold: a grain of the disk, or a page of its change map.
@@ -178,12 +178,18 @@ pub(crate) struct Part {
 /// 7/8); nothing for what was not touched.
 pub(crate) struct Index {
     shards: Box<[Shard]>,
+    /// Some content was all zeros.
+    zeros: AtomicBool,
     hasher: std::hash::RandomState,
 }
 
 impl Default for Index {
     fn default() -> Self {
-        Self { shards: (0..SHARDS).map(|_| Shard::empty()).collect(), hasher: std::hash::RandomState::new() }
+        Self {
+            shards: (0..SHARDS).map(|_| Shard::empty()).collect(),
+            zeros: AtomicBool::new(false),
+            hasher: std::hash::RandomState::new(),
+        }
     }
 }
 
@@ -200,6 +206,9 @@ impl Index {
     ///
     /// The caller holds the key's claim, so that nobody else inserts it.
     pub(crate) fn insert(&self, key: Key, slot: Slot) {
+        if slot == Slot::Zero {
+            self.zeros.store(true, Relaxed);
+        }
         let (shard, hash) = self.place(key);
         debug_assert!(self.get(key).is_none(), "a key is published once, under its claim");
         let mut filled = shard.filled.lock().unwrap_or_else(PoisonError::into_inner);
@@ -228,6 +237,11 @@ impl Index {
             }
         }
         unreachable!("a table that is not full has a free entry");
+    }
+
+    /// Whether content of some key was all zeros.
+    pub(crate) fn has_zeros(&self) -> bool {
+        self.zeros.load(Relaxed)
     }
 
     /// Calls `each` with everything that was published before this was called, and perhaps more.

@@ -49,6 +49,7 @@ pub struct Snapshot<S: Storage> {
     index_file: S::File,
     index: Index,
     known: Known,
+    published: AtomicU64,
     /// Slots that its keys are in, or will be when an append under way has ended.
     slots: AtomicU64,
     /// See [`Terms`]; its limit is the one below.
@@ -116,6 +117,7 @@ impl<S: Storage> Snapshot<S> {
             index_file,
             index: Index::default(),
             known: Known::default(),
+            published: AtomicU64::new(0),
             slots: AtomicU64::new(0),
             limit: AtomicU64::new(header.terms.limit),
             terms: header.terms,
@@ -442,6 +444,11 @@ impl<S: Storage> Snapshot<S> {
         has
     }
 
+    /// Whether something that was preserved was all zeros.
+    pub(crate) fn has_zeros(&self) -> bool {
+        self.index.has_zeros()
+    }
+
     /// Whether the disk had `key` at its instant, or a part of it.
     pub(crate) fn reaches(&self, key: Key) -> bool {
         key.grain_start().is_none_or(|start| start < self.capacity)
@@ -502,7 +509,15 @@ impl<S: Storage> Snapshot<S> {
             self.index.insert(key, slot);
             slots += u64::from(matches!(slot, Slot::At(_)));
         }
+        // After the keys, before what made them necessary: see `published`.
+        self.published.fetch_add(1, SeqCst);
         slots
+    }
+
+    /// How often keys were published. Who finds it as it was before knows that nothing was published meanwhile that
+    /// anybody has changed the live disk on the strength of.
+    pub(crate) fn published(&self) -> u64 {
+        self.published.load(SeqCst)
     }
 
     /// Writes the head as the snapshot now is.

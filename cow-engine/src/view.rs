@@ -80,22 +80,20 @@ impl<S: Storage> View<S> {
         let end = at + out.len() as u64;
         assert!(end <= self.capacity(), "a view is read within its size");
         self.check()?;
-        let list = self.disk.chain.now();
-        let chain = chain::from(&list, &self.snapshot)?;
-        let mut from = at;
-        while from < end {
-            let (found, mut to) = run(chain, from, end)?;
-            if matches!(found, Found::Live) {
-                to = over_gaps(chain, to, end)?;
-            }
-            let part = &mut out[index(from - at)..index(to - at)];
-            match found {
+        let before = self.now()?;
+        let runs = before.runs(at..end)?;
+        let mut rest = &runs[..];
+        while let [first, ..] = rest {
+            let together;
+            (together, rest) = rest.split_at(live_with_gaps(rest).max(1));
+            let last = together.last().unwrap_or(first);
+            let part = &mut out[index(first.at.start - at)..index(last.at.end - at)];
+            match first.found {
+                Found::Live => self.read_live(io, &before, together, part).await?,
                 Found::Zero => part.fill(0),
-                Found::Slots(slot) => self.read_slots(io, slot, from, part).await?,
-                Found::Live => self.read_live(io, from, part).await?,
-                Found::Released => return Err(self.released(from)),
+                Found::Slots(slot) => self.read_slots(io, slot, first.at.start, part).await?,
+                Found::Released => return Err(self.released(first.at.start)),
             }
-            from = to;
         }
         // What was found in slots may be another's by now.
         self.check()?;
@@ -115,25 +113,36 @@ impl<S: Storage> View<S> {
         Error::ContentReleased { name: self.snapshot.name.clone(), at }
     }
 
-    /// Reads from the live disk, then puts in place of it what is preserved, or was meanwhile.
-    async fn read_live(&self, io: &S, at: u64, out: &mut [u8]) -> Result<(), Error> {
-        let read = io.read(&self.disk.image, at, Target::of(out)).await;
-        read.map_err(Error::io("reading the image for a snapshot"))?;
-        // Through the chain as it is now: a newer snapshot may have it.
+    /// The chain as it is now, from this snapshot on.
+    fn now(&self) -> Result<Now<S>, Error> {
         let list = self.disk.chain.now();
         let chain = chain::from(&list, &self.snapshot)?;
-        let end = at + out.len() as u64;
-        let (mut from, mut kept) = (at, Vec::new());
-        while from < end {
-            let (found, to) = run(chain, from, end)?;
-            let part = index(from - at)..index(to - at);
-            match found {
-                Found::Zero => out[part].fill(0),
-                Found::Slots(slot) => kept.push(Kept { slot, skip: from % GRAIN as u64, part }),
-                Found::Live => {}
-                Found::Released => return Err(self.released(from)),
+        let (first, published) = (list.len() - chain.len(), chain.iter().map(|one| one.published()).sum());
+        Ok(Now { list, first, published })
+    }
+
+    /// Reads `runs` and what is between them from the live disk, then puts in place of it what is preserved, or was
+    /// since `before`, in which they were found.
+    async fn read_live(&self, io: &S, before: &Now<S>, runs: &[Run], out: &mut [u8]) -> Result<(), Error> {
+        let at = runs.first().map_or(0, |first| first.at.start);
+        let read = io.read(&self.disk.image, at, Target::of(out)).await;
+        read.map_err(Error::io("reading the image for a snapshot"))?;
+        // In the chain as it is now: a newer snapshot may have what was live.
+        let now = self.now()?;
+        let changed = !now.is(before);
+        let mut kept = Vec::new();
+        for run in runs {
+            let again = changed && matches!(run.found, Found::Live);
+            let again = again.then(|| now.runs(run.at.clone())).transpose()?;
+            for Run { found, at: bytes } in again.as_deref().unwrap_or(std::slice::from_ref(run)) {
+                let part = index(bytes.start - at)..index(bytes.end - at);
+                match *found {
+                    Found::Zero => out[part].fill(0),
+                    Found::Slots(slot) => kept.push(Kept { slot, skip: bytes.start % GRAIN as u64, part }),
+                    Found::Live => {}
+                    Found::Released => return Err(self.released(bytes.start)),
+                }
             }
-            from = to;
         }
         for together in kept.chunk_by(Kept::goes_on).flat_map(|run| run.chunks(TOGETHER)) {
             self.read_together(io, together, out).await?;
@@ -172,23 +181,25 @@ impl<S: Storage> View<S> {
         let live =
             io.extents(&self.disk.image, range).map_err(Error::io("asking the image for its holes"))?;
         // Through the chain as it is now: a hole counts only if nothing was preserved from it meanwhile.
-        let list = self.disk.chain.now();
-        let chain = chain::from(&list, &self.snapshot)?;
+        let now = self.now()?;
+        let no_zeros = !now.chain().iter().any(|one| one.has_zeros());
         let mut extents: Vec<Extent> = Vec::new();
         for live in live {
-            let mut from = live.range.start();
-            while from < live.range.end() {
-                let (found, to) = run(chain, from, live.range.end())?;
+            // Data stays data, unless a grain of it was preserved as zeros.
+            let data = Run { found: Found::Live, at: live.range.start()..live.range.end() };
+            let runs = if no_zeros && !live.hole { vec![data] } else { now.runs(data.at)? };
+            for Run { found, at } in runs {
                 let hole = match found {
                     Found::Zero => true,
                     Found::Slots(_) | Found::Released => false,
                     Found::Live => live.hole,
                 };
                 match extents.last_mut() {
-                    Some(last) if last.hole == hole => last.range = ByteRange::new(last.range.start(), to),
-                    _ => extents.push(Extent { range: ByteRange::new(from, to), hole }),
+                    Some(last) if last.hole == hole => {
+                        last.range = ByteRange::new(last.range.start(), at.end);
+                    }
+                    _ => extents.push(Extent { range: ByteRange::new(at.start, at.end), hole }),
                 }
-                from = to;
             }
         }
         self.check()?;
@@ -347,11 +358,18 @@ impl<S: Storage> View<S> {
 }
 
 /// Where a run of bytes is.
+#[derive(Clone, Copy)]
 enum Found {
     Zero,
     Slots(u32),
     Live,
     Released,
+}
+
+/// Bytes that are all in one place.
+struct Run {
+    found: Found,
+    at: Range<u64>,
 }
 
 /// A part of a buffer that is in slots from `slot` on, but for so many bytes of the first.
@@ -369,50 +387,100 @@ impl Kept {
     }
 }
 
-/// Where a run of live bytes that ends at `to` goes on to, over short gaps that are preserved: one read of all of it,
-/// and what is preserved put over it, is faster than many small ones.
-fn over_gaps<S: Storage>(chain: &[Arc<Snapshot<S>>], mut to: u64, end: u64) -> Result<u64, Error> {
-    let mut from = to;
-    while from < end {
-        let (found, next) = run(chain, from, end.min(from + GAP))?;
-        match found {
-            Found::Live => to = next,
-            Found::Released => break,
-            Found::Zero | Found::Slots(_) if next - to >= GAP => break,
-            Found::Zero | Found::Slots(_) => {}
-        }
-        from = next;
-    }
-    Ok(to)
+/// A chain at one time, and how much had been published in it.
+struct Now<S: Storage> {
+    list: Arc<chain::List<S>>,
+    /// The place of the snapshot that is looked at.
+    first: usize,
+    published: u64,
 }
 
-/// Where the bytes from `from` on are, and how far that goes, at most to `end`.
-fn run<S: Storage>(chain: &[Arc<Snapshot<S>>], from: u64, end: u64) -> Result<(Found, u64), Error> {
-    let find = |grain: u64| {
-        Ok(match chain::locate(chain, Key::grain(grain))? {
+impl<S: Storage> Now<S> {
+    fn chain(&self) -> &[Arc<Snapshot<S>>] {
+        &self.list[self.first..]
+    }
+
+    /// Whether nothing of what was live `before` has been preserved since: publication comes before the count, which
+    /// comes before the change that made it necessary.
+    fn is(&self, before: &Self) -> bool {
+        Arc::ptr_eq(&self.list, &before.list) && self.published == before.published
+    }
+
+    /// Where the bytes of `range` are.
+    fn runs(&self, range: Range<u64>) -> Result<Vec<Run>, Error> {
+        let mut runs = Runs { chain: self.chain(), rest: range, ahead: None };
+        std::iter::from_fn(|| runs.next().transpose()).collect()
+    }
+}
+
+/// How many of `runs`, from the first on, are live or short gaps between live ones: one read of all of it, and what is
+/// preserved put over it, is faster than many small ones.
+fn live_with_gaps(runs: &[Run]) -> usize {
+    let (mut count, mut gap) = (0, 0);
+    for (nth, run) in runs.iter().enumerate() {
+        match run.found {
+            Found::Live => (count, gap) = (nth + 1, 0),
+            Found::Released => break,
+            Found::Zero | Found::Slots(_) => gap += run.at.end - run.at.start,
+        }
+        if count == 0 || gap >= GAP {
+            break;
+        }
+    }
+    count
+}
+
+/// Walks over bytes, a run at a time; every grain is looked for once.
+struct Runs<'a, S: Storage> {
+    chain: &'a [Arc<Snapshot<S>>],
+    rest: Range<u64>,
+    /// What was found of the first grain of the rest.
+    ahead: Option<Found>,
+}
+
+impl<S: Storage> Runs<'_, S> {
+    fn next(&mut self) -> Result<Option<Run>, Error> {
+        let Range { start, end } = self.rest;
+        if start >= end {
+            return Ok(None);
+        }
+        let first = start / GRAIN as u64;
+        let found = match self.ahead.take() {
+            Some(found) => found,
+            None => self.find(first)?,
+        };
+        let mut grain = first + 1;
+        while grain * (GRAIN as u64) < end {
+            let next = self.find(grain)?;
+            if !found.goes_on(next, grain - first) {
+                self.ahead = Some(next);
+                break;
+            }
+            grain += 1;
+        }
+        self.rest.start = end.min(grain * GRAIN as u64);
+        Ok(Some(Run { found, at: start..self.rest.start }))
+    }
+
+    fn find(&self, grain: u64) -> Result<Found, Error> {
+        Ok(match chain::locate(self.chain, Key::grain(grain))? {
             Place::Kept(Slot::Zero) => Found::Zero,
             Place::Kept(Slot::At(slot)) => Found::Slots(slot),
             Place::Live => Found::Live,
             Place::Released => Found::Released,
         })
-    };
-    let first = from / GRAIN as u64;
-    let found = find(first)?;
-    let mut grain = first + 1;
-    while grain * (GRAIN as u64) < end {
-        let goes_on = match (&found, find(grain)?) {
-            (Found::Zero, Found::Zero) | (Found::Live, Found::Live) | (Found::Released, Found::Released) => {
-                true
-            }
-            (Found::Slots(slot), Found::Slots(next)) => u64::from(next) == u64::from(*slot) + (grain - first),
-            _ => false,
-        };
-        if !goes_on {
-            break;
-        }
-        grain += 1;
     }
-    Ok((found, end.min(grain * GRAIN as u64)))
+}
+
+impl Found {
+    /// Whether a run of so many grains that begins with this one goes on with `next`.
+    fn goes_on(self, next: Self, grains: u64) -> bool {
+        match (self, next) {
+            (Self::Zero, Self::Zero) | (Self::Live, Self::Live) | (Self::Released, Self::Released) => true,
+            (Self::Slots(slot), Self::Slots(next)) => u64::from(next) == u64::from(slot) + grains,
+            _ => false,
+        }
+    }
 }
 
 fn index(n: u64) -> usize {
