@@ -101,12 +101,7 @@ impl<C: Cells> Map<C> {
     /// Copies a page's cells into `out`, as they are now.
     pub fn copy_page(&self, page: PageIndex, out: &mut [u8; PAGE_BYTES]) {
         let first = to_index(page) * CELLS_PER_PAGE;
-        let cells = &self.cells.cells()[first..first + CELLS_PER_PAGE];
-        // Two at a time, since loads of atomics are not made vectors: half the stores.
-        for (bytes, [low, high]) in out.as_chunks_mut::<8>().0.iter_mut().zip(cells.as_chunks::<2>().0) {
-            let (low, high) = (low.load(Relaxed), high.load(Relaxed));
-            *bytes = (u64::from(high) << 32 | u64::from(low)).to_le_bytes();
-        }
+        crate::cells::copy(&self.cells.cells()[first..first + CELLS_PER_PAGE], out);
     }
 
     /// Sets every cell of a page to [`Epoch::NEVER`], for the start of a new generation.
