@@ -301,6 +301,14 @@ fn what_failed_counts_as_changed() -> Result<()> {
     drop(guest);
     scene.restart(Signal::KILL)?;
     ensure!(blocks(&scene.changed("vda", "s0", "s1")?) == expected, "after a kill");
+    // Not even the daemon's last words can be written: it ends with an error, and the next one goes on.
+    let server = scene.daemon.server();
+    server.limit(Resource::Fsize, Some(0))?;
+    server.signal(Signal::TERM)?;
+    let ended = server.ended()?;
+    ensure!(ended.code() == Some(1), "{ended}");
+    scene.restart(Signal::TERM)?;
+    ensure!(blocks(&scene.changed("vda", "s0", "s1")?) == expected, "after an end without a word");
     Ok(())
 }
 

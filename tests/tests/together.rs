@@ -24,7 +24,7 @@ use ebbtide_tests::random::{Random, bytes};
 use ebbtide_tests::scene::Scene;
 use ebbtide_tests::vhost_client::{Client, Op, Options};
 use ebbtide_tests::virtio::status;
-use rustix::process::Signal;
+use rustix::process::{Resource, Signal};
 use serde_json::{Value, json};
 
 const SECTOR: usize = 512;
@@ -69,6 +69,8 @@ struct Guest {
     sectors: Vec<Option<u64>>,
     random: Random,
     writes: u64,
+    /// Requests may fail.
+    faults: bool,
 }
 
 impl Guest {
@@ -95,6 +97,9 @@ impl Guest {
                     }
                 }
                 let reply = client.finish(ticket)?;
+                if self.faults && reply.status == status::IOERR {
+                    continue;
+                }
                 ensure!(reply.status == status::OK, "request {kind} of {first}+{count}: {}", reply.status);
                 let places = usize::try_from(first)?..usize::try_from(first + count)?;
                 match wanted {
@@ -214,6 +219,11 @@ fn operate(doors: &Doors, seed: u64, switches: bool, reverts: bool) -> Result<BT
     Ok(told)
 }
 
+/// What must never be.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Wrong(String);
+
 /// A backup program: its last backup, and the snapshot that it reads.
 #[derive(Default)]
 struct Backup {
@@ -221,6 +231,8 @@ struct Backup {
     held: Option<(String, Option<Vec<u8>>)>,
     count: u64,
     increments: u64,
+    /// Snapshots may break, and not be read.
+    faults: bool,
 }
 
 impl Backup {
@@ -228,12 +240,30 @@ impl Backup {
     fn work(&mut self, doors: &Doors) -> Result<()> {
         let Some(mut qmp) = doors.unless_over(Ok(Qmp::connect(&doors.control)?))? else { return Ok(()) };
         while !doors.is_over() {
-            let done = self.one(doors, &mut qmp);
-            if doors.unless_over(done)?.is_none() {
-                break;
+            match self.one(doors, &mut qmp) {
+                Err(error) if self.faults && !error.is::<Wrong>() => {
+                    std::thread::sleep(Duration::from_millis(100));
+                    if doors.is_over() {
+                        return Ok(());
+                    }
+                    qmp = Qmp::connect(&doors.control)?;
+                    self.abandon(&mut qmp);
+                }
+                done => {
+                    if doors.unless_over(done)?.is_none() {
+                        break;
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    /// Something failed that may.
+    fn abandon(&mut self, qmp: &mut Qmp) {
+        if let Some((name, _)) = self.held.take() {
+            let _ = qmp.call("snapshot-delete", json!({ "name": name }));
+        }
     }
 
     fn one(&mut self, doors: &Doors, qmp: &mut Qmp) -> Result<()> {
@@ -260,14 +290,18 @@ impl Backup {
                         restored[first..first + length].copy_from_slice(&content[first..first + length]);
                     }
                     let differs = restored.iter().zip(&content).position(|(a, b)| a != b);
-                    ensure!(differs.is_none(), "{name} since {since}: byte {differs:?} is in no change");
+                    if let Some(at) = differs {
+                        return Err(Wrong(format!("{name} since {since}: byte {at} is in no change")).into());
+                    }
                     self.increments += 1;
                 }
                 Err(qmp::Error::Refused { reason, .. }) if NO_INCREMENT.contains(&reason.as_str()) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        ensure!(view.read_all()? == content, "{name} reads otherwise the second time");
+        if view.read_all()? != content {
+            return Err(Wrong(format!("{name} reads otherwise the second time")).into());
+        }
         self.last = Some((id, content));
         drop(view);
         qmp.call("snapshot-delete", json!({ "name": name }))?;
@@ -280,7 +314,7 @@ impl Backup {
         let Some((name, content)) = self.held.take() else { return Ok(()) };
         let found = scene.snapshots("vda")?;
         let Some(found) = found.iter().find(|one| one["name"] == name.as_str()) else { return Ok(()) };
-        if let Some(content) = content {
+        if let Some(content) = content.filter(|_| !self.faults || found["state"] == "active") {
             ensure!(found["state"] == "active", "{found}");
             ensure!(scene.view("vda", &name)? == content, "{name} reads otherwise after the kill");
         }
@@ -302,13 +336,23 @@ fn changed(qmp: &mut Qmp, since: &str, snapshot: &str) -> qmp::Result<Vec<(usize
     Ok(all)
 }
 
-fn run(seed: u64, reverts: bool) -> Result<()> {
+/// What may happen besides.
+#[derive(Clone, Copy, Default)]
+struct Besides {
+    /// The disk is rewound now and then, so no guest knows what it holds.
+    reverts: bool,
+    /// Writes of files fail from some byte on, now and then.
+    faults: bool,
+}
+
+fn run(seed: u64, besides: Besides) -> Result<()> {
+    let Besides { reverts, faults } = besides;
     let more = "block-size=4096";
     let spec = Disk { name: "vda", bytes: SIZES[2], queues: 1, read_only: false, more };
     let mut scene = Scene::start(&[spec])?;
     let sectors = vec![Some(0); usize::try_from(SAFE)? / SECTOR];
-    let mut guest = Guest { sectors, random: Random::new(seed), writes: 0 };
-    let (mut backup, mut told) = (Backup::default(), BTreeMap::new());
+    let mut guest = Guest { sectors, random: Random::new(seed), writes: 0, faults };
+    let (mut backup, mut told) = (Backup { faults, ..Backup::default() }, BTreeMap::new());
     let mut random = Random::new(seed ^ 0xc0de);
     for round in 0..number("ROUNDS", 6) {
         let doors = Doors {
@@ -327,10 +371,20 @@ fn run(seed: u64, reverts: bool) -> Result<()> {
                 .collect();
             let backups = scope.spawn(|| backup.work(doors));
             let guests = scope.spawn(|| guest.work(doors, !reverts));
-            std::thread::sleep(time);
             let server = scene.daemon.server();
+            let over = Instant::now() + time;
+            while Instant::now() < over && server.is_alive() {
+                let most = [None, None, Some(0), Some(4096), Some(16 << 10), Some(1 << 20), Some(2 << 20)];
+                let most = most[usize::try_from(random.below(7))?];
+                // It may have ended; that is seen below.
+                let _ = server.limit(Resource::Fsize, most.filter(|_| faults));
+                std::thread::sleep(Duration::from_millis(10 + random.below(60)));
+            }
             let alive = server.is_alive();
             doors.stop.store(true, SeqCst);
+            if !alive {
+                bail!("it ended by itself: {}", server.output());
+            }
             server.signal(signal)?;
             let of = |what: &str| format!("round {round} of seed {seed}: {what}");
             for operator in operators {
@@ -340,9 +394,6 @@ fn run(seed: u64, reverts: bool) -> Result<()> {
             }
             backups.join().expect("no panic").context(of("backups"))?;
             guests.join().expect("no panic").context(of("guests"))?;
-            if !alive {
-                bail!("it ended by itself: {}", scene.daemon.server().output());
-            }
             Ok(())
         })?;
         scene.restart(signal)?;
@@ -366,10 +417,15 @@ fn run(seed: u64, reverts: bool) -> Result<()> {
 
 #[test]
 fn nothing_is_lost_whatever_verbs_come_together() -> Result<()> {
-    run(number("SEED", 1), false)
+    run(number("SEED", 1), Besides::default())
 }
 
 #[test]
 fn a_chain_of_backups_goes_on_over_rewinds_and_any_other_verbs() -> Result<()> {
-    run(number("SEED", 2), true)
+    run(number("SEED", 2), Besides { reverts: true, ..Besides::default() })
+}
+
+#[test]
+fn files_that_cannot_be_written_cost_no_answered_write_and_no_change() -> Result<()> {
+    run(number("SEED", 3), Besides { faults: true, ..Besides::default() })
 }
