@@ -308,3 +308,69 @@ fn the_beginning_of_a_generation_is_not_taken_back() {
         assert!(told.is_superset(&differ), "seed {seed}: {differ:?} differ, and {told:?} is told");
     }
 }
+
+/// An export of a served disk is taken back after the host has stopped: what the snapshots had in memory only is not
+/// believed to be there.
+#[test]
+fn an_export_that_is_taken_back_after_a_power_cut_brings_no_snapshot_back() {
+    let (mut kept, mut gone_on) = (0, 0);
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        for block in 0..20 {
+            rig.write(&disk, block, 1);
+        }
+        let since = rig.snapshot(&disk, "s");
+        let then = rig.content(rig.image);
+        for block in 0..20 {
+            rig.write(&disk, block, 2);
+        }
+        let (files, image, dir) = (rig.sim.add_dir(), rig.image, rig.dir);
+        let (io, served) = (rig.io.clone(), disk.clone());
+        let give = async move {
+            let to = Place { dir: &files, name: "moved" };
+            served.hand_over(&mut Admin::new(), &io, to, PATIENCE, || Ok(io.identity(image))).await
+        };
+        rig.run(give).expect("handed over");
+        let how = seed % 3;
+        if how == 0 {
+            rig.close(&disk, image);
+        }
+        drop(disk);
+        if how == 2 {
+            rig.sim.kill();
+        } else {
+            rig.sim.power_cut();
+        }
+        let io = rig.io.clone();
+        rig.run(async move { handover::cancel(&io, &dir).await }).expect("taken back");
+        let (disk, report) = rig.open();
+        if how == 1 {
+            assert_eq!(report.reset, Some(ResetReason::HostStopped), "seed {seed}");
+        } else {
+            assert_eq!((report.reset.as_ref(), report.kept.len()), (None, 1), "seed {seed}: {report:?}");
+        }
+        gone_on += u64::from(report.reset.is_none());
+        if report.reset.is_none() {
+            rig.snapshot(&disk, "t");
+            let told = rig.changes(&disk, "t", since);
+            assert!((0..20).all(|block| told.contains(&block)), "seed {seed}: {told:?}");
+        }
+        let Ok(snapshot) = disk.snapshot("s") else { continue };
+        let (io, view) = (rig.io.clone(), View::new(disk.clone(), snapshot));
+        let mut shown = vec![0; then.len()];
+        let read = async move { view.read(&io, 0, &mut shown).await.map(|()| shown) };
+        if let Ok(shown) = rig.run(read) {
+            assert_eq!(
+                differing(&then, &shown),
+                BTreeSet::new(),
+                "seed {seed}: the view shows something else"
+            );
+            kept += 1;
+        }
+    }
+    assert!(
+        kept > SEEDS / 2 && gone_on > SEEDS / 2,
+        "{kept} snapshots were kept, {gone_on} histories went on"
+    );
+}
