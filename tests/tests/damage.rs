@@ -356,7 +356,7 @@ fn places(name: &str, len: usize) -> Vec<usize> {
         AREA => return (0..60).collect(),
         _ if name.ends_with(".index") => vec![0..776, 4096..4160],
         _ if name.ends_with(".checkpoint") => vec![0..316, 4096..4144],
-        _ => vec![0..1248],
+        _ => vec![0..1244, 1244..1248],
     };
     let mut all: BTreeSet<usize> = (0..len).step_by(SAMPLED).collect();
     all.extend(heads.into_iter().flatten().filter(|&at| at < len));
