@@ -620,7 +620,7 @@ impl<S: Storage> Disk<S> {
         let known = self.checkpoints().into_iter().filter(|one| one.change_id.generation == id.generation);
         let ended = known.filter_map(|one| one.ended()).next();
         let reason =
-            ended.or_else(|| self.generation_began().map(|began| began.code.to_owned())).unwrap_or_default();
+            ended.or_else(|| self.ever_began().map(|began| began.code.to_owned())).unwrap_or_default();
         Error::OtherGeneration { disk: self.name.clone(), what: what.to_owned(), reason }
     }
 }

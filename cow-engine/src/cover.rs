@@ -51,7 +51,13 @@ impl<S: Storage> Disk<S> {
     pub(crate) async fn give_up_log(&self, io: &S, intent: &Intent<S>, why: &str) {
         // First, and without fail: a restart in this boot believes it neither.
         self.control.note_log_in_doubt(&self.boot(), true);
-        let noted = self.write_superblock(io, |superblock| superblock.state = DiskState::Unlogged).await;
+        let unlogged = self.write_superblock(io, |superblock| {
+            // A disk that was handed over stays so: its generation goes on elsewhere.
+            if superblock.state != DiskState::HandedOver {
+                superblock.state = DiskState::Unlogged;
+            }
+        });
+        let noted = unlogged.await;
         if intent.give_up() {
             return;
         }

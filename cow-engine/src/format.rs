@@ -46,7 +46,8 @@ pub(crate) enum DiskState {
     Unlogged,
     /// A new generation is being begun: the map is not to be trusted.
     Resetting,
-    /// As [`DiskState::Clean`], but a flush of the map had failed: it counts only until the host stops.
+    /// As [`DiskState::Clean`], but a flush of the map had failed, or stores were not flushed: it counts only until the host
+    /// stops.
     Doubtful,
     /// As [`DiskState::Clean`], but the history was exported: it goes on elsewhere, see [`crate::handover`].
     HandedOver,

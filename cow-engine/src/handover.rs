@@ -26,13 +26,14 @@
 //!
 //! | step | a stop after it leaves |
 //! |---|---|
-//! | 1. the whole file checked, and the image against it | nothing |
+//! | 1. the image flushed; the whole file checked, and the image against it | nothing |
 //! | 2. an older history, if it is to be replaced, ended: the superblock *resetting*, of no image, flushed | a new generation, without snapshots |
 //! | 3. its other files removed | the same; nothing, where there was no history |
 //! | 4. the map made, filled, flushed, and its name flushed | the same |
 //! | 5. the superblock *clean*, with the image's identity, flushed, and its name flushed | the whole history |
 //!
-//! Step 5 is one page with a checksum: it is there or it is not, and all that it speaks of was durable before.
+//! Step 5 is one page with a checksum: it is there or it is not, and all that it speaks of was durable before. Were the
+//! image not flushed, a power cut could take back parts of a fresh copy under a stamp that vouches for it.
 //!
 //! Snapshots do not travel. Checkpoints have a place in the file, and will.
 

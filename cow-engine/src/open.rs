@@ -8,7 +8,7 @@
 //! |---|---|---|---|
 //! | clean | as stamped | as it is | kept |
 //! | clean | changed | new generation | dropped |
-//! | clean, but a flush of the map had failed; another boot | any | new generation | dropped |
+//! | clean until the host stops; another boot | any | new generation | dropped |
 //! | serving, same boot | same file and size | as it is (marks were made in the page cache) | kept |
 //! | serving, another boot | same file and size | what was hot counts as changed | dropped |
 //! | serving, another boot, without an intent log, or a flush of the image had failed | any | new generation | dropped |

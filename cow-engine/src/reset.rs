@@ -2,11 +2,12 @@
 //! relied on.
 //!
 //! ```text
+//! the image is flushed               (so that the gate is closed for little)
 //! the gate closes                    (changes in flight end; nobody marks)
+//! the image is flushed               (what was changed before the beginning stays changed)
 //! the superblock has the new generation, and the next epoch   (durable, one write)
 //! generation and epoch in memory     (cannot fail)
 //! the gate opens
-//! the image is flushed               (what was changed before the beginning stays changed)
 //! the checkpoints' heads say why the old one ended
 //! ```
 //!
@@ -24,18 +25,20 @@
 //! mark changes in an epoch that lies at or before the beginning that was told.
 //!
 //! If the write fails, the old generation goes on, though the medium may have the new one: a start that finds it there
-//! serves it, and nobody was told an instant of it. The next write of the superblock goes over the same copy.
+//! serves it and tells its beginning, before which changes were made that are not on their medium. So it is noted, without
+//! fail, that a stop of the host ends it. The next write of the superblock goes over the same copy.
 //!
 //! A stop after the second line and before the last loses reasons only: that a checkpoint is of another
 //! generation is seen from its own.
 //!
-//! Were the image not flushed before the beginning is told, a stop of the host could take back a change of before, whose
+//! Were the image not flushed before the beginning is on the medium, a stop of the host could take back a change of before, whose
 //! mark is of the old generation and whose region may be cold: the disk would differ from what it was at the
-//! beginning, without a mark. It is as with a snapshot, whose answer waits for a flush too.
+//! beginning, without a mark. A flush after the write is too late, since a daemon that is killed between the two leaves a
+//! beginning that the next one tells. If the flush fails, it is noted that a stop of the host ends the history.
 //!
 //! What made the log or the map doubtful stays so: a new generation does not make a failed flush good.
 //!
-//! Price: guests' changes wait for one flush of one page.
+//! Price: guests' changes wait for a flush of the image and of one page.
 //! Absent: another size of blocks: the next start does that. Why tracking is switched on and off in this order: [`crate::switch`].
 
 use std::sync::PoisonError;
@@ -78,11 +81,8 @@ impl<S: Storage> Disk<S> {
         reason: ResetReason,
         switched_off: bool,
     ) -> Result<ChangeId, Error> {
-        let enabling = self.is_switched_off() && !switched_off;
-        if enabling {
-            // Most of it now, so that guests wait for little.
-            self.flush(io).await?;
-        }
+        // Most of it now, so that guests wait for little.
+        self.flush_before(io, switched_off).await?;
         let ended = self.history.generation();
         let began = self.history.epoch().max(self.superblock_now().epoch);
         let next = began.next().ok_or_else(|| Error::EpochsExhausted { disk: self.name.clone() })?;
@@ -90,9 +90,7 @@ impl<S: Storage> Disk<S> {
         let Some(closed) = self.gate.close_within(io, deadline).await else {
             return Err(Error::GateTimeout { disk: self.name.clone(), seconds: deadline.as_secs() });
         };
-        if enabling {
-            self.flush(io).await?;
-        }
+        self.flush_before(io, switched_off).await?;
         let began = Began { code: reason.code(), at_ns: now_ns() };
         let written = self.write_superblock(io, |superblock| {
             superblock.generation = generation;
@@ -101,22 +99,32 @@ impl<S: Storage> Disk<S> {
             superblock.switched_off = switched_off;
         });
         if let Err(error) = written.await {
-            if enabling {
-                self.doubt_enabling();
+            if !switched_off {
+                self.doubt_beginning();
             }
             return Err(error);
         }
         self.switched_off.store(switched_off, SeqCst);
         self.history.begin_generation(generation, next);
         drop(closed);
-        // A failure needs no answer: it is noted that a stop of the host ends this generation too.
-        let _ = self.flush(io).await;
         *self.began.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
         self.checkpoints.end_generation(io, &self.dir, Some(ended), reason.code()).await;
         let change_id = self.change_id();
         log::warn!("{}: a new generation begins with {change_id}: {reason}", self.name);
         (self.events)(Event::TrackerReset { disk: self.name.clone(), change_id, reason });
         Ok(change_id)
+    }
+
+    /// Makes durable what was changed before a generation, if its beginning will be told.
+    async fn flush_before(&self, io: &S, switched_off: bool) -> Result<(), Error> {
+        if switched_off {
+            return Ok(());
+        }
+        match self.flush(io).await {
+            // It is noted that a stop of the host ends this generation too.
+            Err(_) if !self.is_switched_off() => Ok(()),
+            result => result,
+        }
     }
 
     fn check_resettable(&self) -> Result<(), Error> {

@@ -196,7 +196,8 @@ impl<S: Storage> Disk<S> {
                 self.control.stir();
                 io.set_len(&self.image, image_len).map_err(fail())?;
             }
-            let grid = self.block_grid();
+            // Also while tracking is switched off.
+            let grid = self.tracker_grid();
             // An earlier attempt may have come further, and its tracker is in use.
             let mapped = self.map_cells().cells().len();
             if cells_of::<S::Cells>(grid, self.capacity()) == mapped {

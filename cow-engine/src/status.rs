@@ -74,10 +74,16 @@ impl<S: Storage> Disk<S> {
             presumed_bytes: hot.iter().map(|range| range.len()).sum(),
             at_risk: self.is_tracking_at_risk(),
             ends_with_host: grid.is_some() && in_doubt,
-            began: ResetReason::numbered(superblock.began_reason)
-                .map(|reason| Began { code: reason.code(), at_ns: superblock.began_ns }),
+            began: self.ever_began(),
             checkpoints: self.checkpoints().len(),
         }
+    }
+
+    /// Why and when the generation began, also if that was before the disk was opened; if it is known.
+    pub(crate) fn ever_began(&self) -> Option<Began> {
+        let superblock = self.superblock_now();
+        ResetReason::numbered(superblock.began_reason)
+            .map(|reason| Began { code: reason.code(), at_ns: superblock.began_ns })
     }
 
     /// Why and when the generation began, if it did since the disk was opened.

@@ -100,8 +100,9 @@ impl<S: Storage> Disk<S> {
         self.tracker.as_ref().filter(|_| !self.is_switched_off())
     }
 
-    /// The medium may have a generation in which changes are not marked: a stop of the host ends it.
-    pub(crate) fn doubt_enabling(&self) {
+    /// The medium may have a generation before whose beginning not every change is durable, or marked: a stop of the host
+    /// ends it.
+    pub(crate) fn doubt_beginning(&self) {
         self.control.note_map_in_doubt(&self.boot());
     }
 }

@@ -63,13 +63,6 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     }
 }
 
-/// Lets programs that are started from now on survive a write past their limit of file sizes, with an
-/// error instead of a signal. Holds for this process too.
-pub fn ignore_file_size_signal() {
-    // SAFETY: ignoring a signal runs no code of ours.
-    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-}
-
 /// Waits at most `limit` until there is something to read from `fd`.
 ///
 /// # Errors

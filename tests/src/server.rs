@@ -122,6 +122,14 @@ impl Server {
     /// If it did not end by itself.
     pub fn stop(mut self) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
+        self.ended()
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn ended(&mut self) -> Result<ExitStatus> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait()? {
@@ -129,7 +137,7 @@ impl Server {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        bail!("does not end on SIGTERM:\n{}", self.output())
+        bail!("does not end:\n{}", self.output())
     }
 
     /// Kills it at once (`kill -9`) and waits until it is gone.

@@ -14,6 +14,7 @@ use cbt::{BlockGrid, CELLS_PER_PAGE, ChangeId, Epoch, PAGE_BYTES};
 use super::file::{Encoder, Head, Kind, Run, Writer};
 use super::{Moved, Place};
 use crate::away::Closed;
+use crate::away::sample::SAMPLE_FILE;
 use crate::disk::{Disk, now_ns};
 use crate::error::Error;
 use crate::format::{DiskState, MAP_FILE, SUPERBLOCK_FILE, Superblock};
@@ -113,7 +114,10 @@ pub async fn cancel<S: Storage>(io: &S, dir: &S::Dir) -> Result<(), Error> {
     if found.state != DiskState::HandedOver {
         return Err(refuse("its history is not handed over"));
     }
-    let (sequence, state) = (found.sequence + 1, DiskState::Clean);
+    // One that was served and not closed since has stores and indexes in the page cache only: a stop of the host ends it.
+    let is_closed = names.iter().any(|name| name == SAMPLE_FILE);
+    let state = if is_closed { DiskState::Clean } else { DiskState::Doubtful };
+    let sequence = found.sequence + 1;
     // With the identity of that instant: the next start sees whether the image was changed since.
     write_superblock(io, &file, &Superblock { sequence, state, ..found }).await
 }
@@ -134,7 +138,9 @@ fn check_left<S: Storage>(found: &Superblock, left: &Left<'_, S>) -> Result<(), 
     match found.state {
         DiskState::Clean | DiskState::HandedOver => {}
         DiskState::Doubtful => {
-            return Err(refuse("a flush of its change map had failed: a full backup is needed"));
+            return Err(refuse(
+                "it counts as closed until the host stops only: serve it once more, and stop the daemon; if that changes nothing, a flush of its change map had failed, and a full backup is needed",
+            ));
         }
         _ => return Err(refuse("the disk was not closed in order: serve it once more, and stop the daemon")),
     }

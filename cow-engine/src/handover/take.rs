@@ -50,6 +50,8 @@ pub struct Arrival<'a, S: Storage> {
 /// export, [`Error::HistoryExists`], [`Error::ForeignState`], [`Error::NotMovable`]: then nothing is changed. Those
 /// of the files: then either the same, or there is no history any more.
 pub async fn import<S: Storage>(io: &S, arrival: &Arrival<'_, S>) -> Result<Moved, Error> {
+    // It may have been copied a moment ago. What was flushed is compared, and what a power cut would take back is not.
+    io.sync(arrival.image).await.map_err(Error::io("flushing the image"))?;
     let head = check_file(io, arrival).await?;
     let names = io.list(arrival.dir).map_err(Error::io("reading the state directory"))?;
     let old = Old::look(io, arrival, &names).await?;

@@ -215,7 +215,7 @@ fn image(state: &State, around: &Around, found: &mut Vec<Finding>) -> bool {
             "the host stopped while the disk was served, so marks may be lost"
         }
         DiskState::Doubtful if superblock.boot != boot => {
-            "a flush of the change map had failed before the host stopped, so marks may be lost"
+            "it counted as closed until the host stopped only, so marks and snapshots may be lost"
         }
         _ => "the image is not as it was left",
     };

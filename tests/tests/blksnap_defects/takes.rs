@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use ebbtide_tests::qmp::Qmp;
 use ebbtide_tests::random::bytes;
-use ebbtide_tests::raw::ignore_file_size_signal;
 use ebbtide_tests::scene::{Scene, disk, on_one_queue_and_on_four, write_over};
 use ebbtide_tests::stamped::rig::{Rig, Setup};
 use rustix::process::Resource;
@@ -140,7 +139,6 @@ fn state_files(scene: &Scene, disk: &str) -> Result<Vec<PathBuf>> {
 /// for whatever reason, says so once, to everyone, and in every list.
 #[test]
 fn a10_d13_a_store_that_cannot_grow_says_so() -> Result<()> {
-    ignore_file_size_signal();
     let mut scene = Scene::start(&[disk("vda")])?;
     let mut listeners = [Qmp::connect(&scene.daemon.control())?, Qmp::connect(&scene.daemon.control())?];
     let mut guest = scene.guest("vda", 1)?;

@@ -3,7 +3,6 @@
 use anyhow::{Context as _, Result, ensure};
 use ebbtide_tests::nbd;
 use ebbtide_tests::random::bytes;
-use ebbtide_tests::raw::ignore_file_size_signal;
 use ebbtide_tests::scene::{Scene, blocks, disk, on_one_queue_and_on_four, run_together, write_over};
 use ebbtide_tests::stamped::rig::{Rig, Setup};
 use ebbtide_tests::vhost_client::{Client, Op};
@@ -50,7 +49,6 @@ fn b_1000_simple_two_disks_one_snapshot() -> Result<()> {
 /// written. Either way the image fails, with an event, and the guest does not notice.
 #[test]
 fn b_8000_what_cannot_be_preserved_fails_its_image_only() -> Result<()> {
-    ignore_file_size_signal();
     let mut scene = Scene::start(&[disk("vda"), disk("vdb")])?;
     let (mut guest, mut other) = (scene.guest("vda", 4)?, scene.guest("vdb", 4)?);
     let (old, new) = (bytes(1, DISK_BYTES), bytes(2, DISK_BYTES));

@@ -57,8 +57,9 @@ pub(crate) async fn command(
                 let is_of_it = one.change_id().generation == before.generation;
                 assert!(!is_of_it || one.ended().as_deref() == Some(reason), "{}", one.name());
             }
-            // With faults the flush may have failed, which ends the history when the host stops.
-            let durable = shared.strict || verb == Verb::Enable;
+            // With faults the flush may have failed, which ends the history when the host stops. Of a beginning that is never
+            // told nothing has to be durable.
+            let durable = verb == Verb::Enable || verb == Verb::Reset && shared.strict;
             let mut oracle = shared.oracle.borrow_mut();
             judge(oracle.reset(at, id, durable));
             oracle.switched(at, disk.is_switched_off(), disk.block_grid());

@@ -26,6 +26,7 @@ mod service;
 mod space;
 mod stop;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -62,7 +63,8 @@ fn main() -> ExitCode {
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ebbtide: {error:#}");
+            // Where that goes may be full, which is no reason to panic.
+            let _ = writeln!(std::io::stderr(), "ebbtide: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -38,7 +38,7 @@ pub(crate) fn resize(served: &Served, admin: &mut Admin, wanted: &BlockResize) -
 
 /// Refuses a size whose change map would fill the file system that the snapshots are on too.
 fn check_room(served: &Served, size: u64) -> Answer<()> {
-    let Some(grid) = served.disk.block_grid() else { return Ok(()) };
+    let Some(grid) = served.disk.tracker_grid() else { return Ok(()) };
     let map_bytes = |size: u64| grid.count(size).saturating_mul(CELL_BYTES);
     let more = map_bytes(size).saturating_sub(map_bytes(served.disk.capacity()));
     let room = rustix::fs::statvfs(&served.state).map_err(|error| {

@@ -473,7 +473,9 @@ fn raise_descriptor_limit() {
 
 /// Ends the daemon in order on the signals that ask for it.
 fn watch_signals(stop: Stop) -> anyhow::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+    // A file that may not become longer (`ulimit -f`) is an error of that write, and no reason to leave a guest alone.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).context("cannot watch for signals")?;
     let signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP]);
     let mut signals = signals.context("cannot watch for signals")?;
     crate::thread("signals", move || {

@@ -108,13 +108,12 @@ impl Service for ControlService {
             hold_seconds: arguments.hold_deadline.unwrap_or(Terms::HOLD_SECONDS),
             limit: arguments.limit.unwrap_or(0),
         };
-        let instant = {
-            let mut admin = self.upkeep.admin();
-            on_ring(async |io| {
-                let patience = group::GATE_DEADLINE;
-                group::create_on(&mut admin, &io, &disks, &name, created_ns, patience, terms).await
-            })?
-        };
+        // Until the sizes are told, which a resize may change.
+        let mut admin = self.upkeep.admin();
+        let instant = on_ring(async |io| {
+            let patience = group::GATE_DEADLINE;
+            group::create_on(&mut admin, &io, &disks, &name, created_ns, patience, terms).await
+        })?;
         let points: Vec<_> = instant
             .taken
             .iter()
@@ -125,6 +124,7 @@ impl Service for ControlService {
                 size: disk.capacity(),
             })
             .collect();
+        drop(admin);
         self.hub.post(&Event::SnapshotCreated { name: name.clone(), disks: points.clone() });
         Ok(SnapshotCreated {
             name,

@@ -1,0 +1,376 @@
+//! One thing fails, at one place, on a simulated host: what a suite that draws its faults comes to rarely.
+//!
+//! Each test runs many seeds, which draw what a crash leaves.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId};
+use cow_engine::group::{self, Admin};
+use cow_engine::handover::{self, Arrival, Left, Place};
+use cow_engine::memory::Source;
+use cow_engine::sim::{FileKind, OpKind, Rule, Sim, SimDir, SimFile, SimStorage};
+use cow_engine::{Disk, DiskOptions, Durability, OpenReport, ResetReason, Storage, StorePlan, View};
+
+const BLOCK: u64 = 4096;
+const BLOCKS: u64 = 64;
+const SEEDS: u64 = 200;
+const PATIENCE: Duration = Duration::from_secs(1);
+
+type SimDisk = Arc<Disk<SimStorage>>;
+
+/// A host, and a disk of it.
+struct Rig {
+    sim: Sim,
+    io: SimStorage,
+    image: SimFile,
+    dir: SimDir,
+}
+
+impl Rig {
+    fn new(seed: u64) -> Self {
+        let sim = Sim::new(seed);
+        let (io, image, dir) = (sim.storage(), sim.add_image(BLOCKS * BLOCK), sim.add_dir());
+        Self { sim, io, image, dir }
+    }
+
+    /// Drives something to its end.
+    fn run<T>(&mut self, main: impl Future<Output = T>) -> T {
+        self.sim.run(main, u64::MAX).expect("it is not cut off")
+    }
+
+    fn open_with(&mut self, image: SimFile, dir: SimDir, path: &str) -> (SimDisk, OpenReport) {
+        let options = DiskOptions {
+            name: "d".to_owned(),
+            image,
+            image_path: path.to_owned(),
+            identity: self.io.identity(image),
+            dir,
+            tracking: Some(BlockGrid::new(BLOCK).expect("a block size")),
+            boot: self.sim.boot(),
+            events: Arc::new(|_| {}),
+            merge_step: 10,
+            store: StorePlan::default(),
+            region_bytes: Some(4096),
+            meanwhile: self.io.meanwhile(),
+        };
+        let io = self.io.clone();
+        self.run(async move { Disk::open(&io, options).await }).expect("a state directory")
+    }
+
+    fn open(&mut self) -> (SimDisk, OpenReport) {
+        let (image, dir) = (self.image, self.dir);
+        self.open_with(image, dir, "/d.img")
+    }
+
+    fn close(&mut self, disk: &SimDisk, image: SimFile) {
+        let (io, disk) = (self.io.clone(), disk.clone());
+        let identity = io.identity(image);
+        self.run(async move { disk.close(&io, || Ok(identity)).await }).expect("closed in order");
+    }
+
+    fn write(&mut self, disk: &SimDisk, block: u64, byte: u8) {
+        let (io, disk, bytes) = (self.io.clone(), disk.clone(), [byte; 4096]);
+        let written = async move {
+            disk.write(&io, disk.lane(), block * BLOCK, Source::of(&bytes), Durability::Cached).await
+        };
+        self.run(written).expect("written");
+    }
+
+    fn snapshot(&mut self, disk: &SimDisk, name: &'static str) -> ChangeId {
+        let (io, disks) = (self.io.clone(), [disk.clone()]);
+        let taken = async move { group::create(&mut Admin::new(), &io, &disks, name, 1, PATIENCE).await };
+        self.run(taken).expect("a snapshot").taken[0].change_id
+    }
+
+    fn changes(&mut self, disk: &SimDisk, name: &str, since: ChangeId) -> BTreeSet<u64> {
+        let snapshot = disk.snapshot(name).expect("it was taken");
+        let epoch = disk.resolve(since, snapshot.change_id()).expect("an instant of this history");
+        let (io, view) = (self.io.clone(), View::new(disk.clone(), snapshot));
+        let all = ByteRange::new(0, view.capacity());
+        let found = self.run(async move { view.changes(&io, epoch, all, usize::MAX).await }).expect("told");
+        found.iter().flat_map(|range| range.start() / BLOCK..range.end().div_ceil(BLOCK)).collect()
+    }
+
+    fn content(&mut self, image: SimFile) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(BLOCKS * BLOCK).expect("small")];
+        self.sim.look(image, 0, &mut bytes);
+        bytes
+    }
+
+    fn fail(&mut self, op: OpKind, file: FileKind) {
+        self.sim.set_faults(vec![Rule { op, file, one_in: 1, error: ErrorKind::Other }]);
+    }
+
+    fn fail_no_more(&mut self) {
+        self.sim.set_faults(Vec::new());
+    }
+
+    /// Cools every region, as the daemon does now and then.
+    fn cool(&mut self, disk: &SimDisk) {
+        for _ in 0..2 {
+            let (io, disk) = (self.io.clone(), disk.clone());
+            self.run(async move { disk.cool(&io).await });
+        }
+    }
+}
+
+/// Blocks that differ between two contents.
+fn differing(one: &[u8], other: &[u8]) -> BTreeSet<u64> {
+    let len = usize::try_from(BLOCK).expect("small");
+    let pairs = one.chunks(len).zip(other.chunks(len));
+    (0..).zip(pairs).filter(|(_, (one, other))| one != other).map(|(block, _)| block).collect()
+}
+
+/// The superblock cannot be written while tracking is switched on, and it is not known what its medium has. Whatever
+/// the next opening finds there: of no change that it tells an instant before, anything is left out.
+#[test]
+fn a_superblock_that_fails_while_tracking_is_switched_on_hides_no_change() {
+    for (seed, op) in (0..SEEDS).flat_map(|seed| [(seed, OpKind::Write), (seed, OpKind::Sync)]) {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        let (io, switched) = (rig.io.clone(), disk.clone());
+        let off = async move { switched.disable_tracking(&mut Admin::new(), &io, PATIENCE).await };
+        rig.run(off).expect("switched off");
+        rig.write(&disk, 1, 1);
+        rig.fail(op, FileKind::State);
+        let (io, switched) = (rig.io.clone(), disk.clone());
+        let on = async move { switched.enable_tracking(&mut Admin::new(), &io, PATIENCE).await };
+        let answer = rig.run(on);
+        assert!(answer.is_err() && disk.is_switched_off(), "seed {seed}: {answer:?}");
+        rig.fail_no_more();
+        // Goes on without marks, and without a flush.
+        rig.write(&disk, 2, 2);
+        rig.write(&disk, 3, 3);
+        let killed = seed % 3 > 0;
+        if killed {
+            drop(disk);
+            rig.sim.kill();
+        } else {
+            drop(disk);
+            rig.sim.power_cut();
+        }
+        let (disk, report) = rig.open();
+        if disk.is_switched_off() {
+            assert!(disk.block_grid().is_none());
+            continue;
+        }
+        // It is on: what it tells an instant of is complete from there on.
+        let since = disk.change_id();
+        let then = rig.content(rig.image);
+        rig.write(&disk, 4, 4);
+        if killed && seed % 3 == 1 {
+            rig.cool(&disk);
+            drop(disk);
+            rig.sim.power_cut();
+            let (again, report) = rig.open();
+            if report.reset.is_some() {
+                continue;
+            }
+            let now = rig.content(rig.image);
+            rig.snapshot(&again, "s");
+            let told = rig.changes(&again, "s", since);
+            let differ = differing(&then, &now);
+            assert!(told.is_superset(&differ), "seed {seed}, {op:?}: {told:?} and not {differ:?}");
+        } else {
+            rig.snapshot(&disk, "s");
+            let told = rig.changes(&disk, "s", since);
+            assert!(told.contains(&4), "seed {seed}, {op:?}: {told:?}, {report:?}");
+        }
+    }
+}
+
+/// A disk that was handed over stays so, whatever cannot be written afterwards: the generation goes on elsewhere.
+#[test]
+fn a_flush_that_fails_takes_no_hand_over_back() {
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        let files = rig.sim.add_dir();
+        let (io, served, identity) = (rig.io.clone(), disk.clone(), rig.io.identity(rig.image));
+        let give = async move {
+            let to = Place { dir: &files, name: "moved" };
+            served.hand_over(&mut Admin::new(), &io, to, PATIENCE, || Ok(identity)).await
+        };
+        rig.run(give).expect("handed over");
+        let generation = disk.change_id().generation;
+        let (kind, op) = match seed % 2 {
+            0 => (FileKind::Image, OpKind::Sync),
+            _ => (FileKind::State, OpKind::SyncCells),
+        };
+        rig.fail(op, kind);
+        let (io, served) = (rig.io.clone(), disk.clone());
+        let _ = rig.run(async move { served.flush(&io).await });
+        rig.cool(&disk);
+        rig.fail_no_more();
+        drop(disk);
+        rig.sim.kill();
+        let (disk, report) = rig.open();
+        assert_eq!(report.reset, Some(ResetReason::HandedOver), "seed {seed}");
+        assert_ne!(disk.change_id().generation, generation, "seed {seed}");
+    }
+}
+
+/// The image of a disk that arrives was copied a moment ago: what the import vouches for is on its medium.
+#[test]
+fn an_import_vouches_for_no_image_that_a_power_cut_takes_back() {
+    let mut taken_back = 0;
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (from, dir) = (rig.image, rig.dir);
+        let (disk, _) = rig.open();
+        for block in 0..8 {
+            rig.write(&disk, block, 7);
+        }
+        let since = rig.snapshot(&disk, "old");
+        let then = rig.content(from);
+        rig.close(&disk, from);
+        drop(disk);
+        let files = rig.sim.add_dir();
+        let (io, identity, boot) = (rig.io.clone(), rig.io.identity(from), rig.sim.boot());
+        let give = async move {
+            let left = Left { dir: &dir, image: &from, identity, boot };
+            handover::export(&io, &left, Place { dir: &files, name: "moved" }).await
+        };
+        rig.run(give).expect("exported");
+        // A copy that its maker has not flushed.
+        let (to, to_dir) = (rig.sim.add_image(BLOCKS * BLOCK), rig.sim.add_dir());
+        let (io, bytes) = (rig.io.clone(), rig.content(from));
+        let copy = async move { io.write(&to, 0, Source::of(&bytes), Durability::Cached).await };
+        rig.run(copy).expect("copied");
+        let (io, identity, boot) = (rig.io.clone(), rig.io.identity(to), rig.sim.boot());
+        let take = async move {
+            let file = io.open(&files, "moved").expect("the history file");
+            let arrival = Arrival {
+                file: &file,
+                image: &to,
+                image_path: "/to.img".to_owned(),
+                identity,
+                dir: &to_dir,
+                boot,
+                replace: false,
+            };
+            handover::import(&io, &arrival).await
+        };
+        rig.run(take).expect("imported");
+        rig.sim.power_cut();
+        let now = rig.content(to);
+        taken_back += u64::from(now != then);
+        let (disk, report) = rig.open_with(to, to_dir, "/to.img");
+        if report.reset.is_some() {
+            continue;
+        }
+        rig.snapshot(&disk, "new");
+        let told = rig.changes(&disk, "new", since);
+        let differ = differing(&then, &now);
+        assert!(told.is_superset(&differ), "seed {seed}: {differ:?} differ, and {told:?} is told");
+    }
+    assert_eq!(taken_back, 0, "copies that were imported were taken back");
+}
+
+/// What a reset tells as its beginning stays as it was, also if the daemon is killed before it has answered.
+#[test]
+fn the_beginning_of_a_generation_is_not_taken_back() {
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        let before = disk.change_id();
+        rig.write(&disk, 1, 1);
+        rig.cool(&disk);
+        let (io, served) = (rig.io.clone(), disk.clone());
+        let reset = async move { served.reset_tracking(&mut Admin::new(), &io, PATIENCE).await };
+        let steps = 1 + seed % 40;
+        let answered = rig.sim.run(reset, steps).is_some();
+        drop(disk);
+        rig.sim.kill();
+        let (disk, _) = rig.open();
+        let since = disk.change_id();
+        if since.generation == before.generation {
+            assert!(!answered, "seed {seed}");
+            continue;
+        }
+        let then = rig.content(rig.image);
+        drop(disk);
+        rig.sim.power_cut();
+        let (disk, report) = rig.open();
+        if report.reset.is_some() {
+            continue;
+        }
+        let now = rig.content(rig.image);
+        rig.snapshot(&disk, "s");
+        let told = rig.changes(&disk, "s", since);
+        let differ = differing(&then, &now);
+        assert!(told.is_superset(&differ), "seed {seed}: {differ:?} differ, and {told:?} is told");
+    }
+}
+
+/// An export of a served disk is taken back after the host has stopped: what the snapshots had in memory only is not
+/// believed to be there.
+#[test]
+fn an_export_that_is_taken_back_after_a_power_cut_brings_no_snapshot_back() {
+    let (mut kept, mut gone_on) = (0, 0);
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        for block in 0..20 {
+            rig.write(&disk, block, 1);
+        }
+        let since = rig.snapshot(&disk, "s");
+        let then = rig.content(rig.image);
+        for block in 0..20 {
+            rig.write(&disk, block, 2);
+        }
+        let (files, image, dir) = (rig.sim.add_dir(), rig.image, rig.dir);
+        let (io, served) = (rig.io.clone(), disk.clone());
+        let give = async move {
+            let to = Place { dir: &files, name: "moved" };
+            served.hand_over(&mut Admin::new(), &io, to, PATIENCE, || Ok(io.identity(image))).await
+        };
+        rig.run(give).expect("handed over");
+        let how = seed % 3;
+        if how == 0 {
+            rig.close(&disk, image);
+        }
+        drop(disk);
+        if how == 2 {
+            rig.sim.kill();
+        } else {
+            rig.sim.power_cut();
+        }
+        let io = rig.io.clone();
+        rig.run(async move { handover::cancel(&io, &dir).await }).expect("taken back");
+        let (disk, report) = rig.open();
+        if how == 1 {
+            assert_eq!(report.reset, Some(ResetReason::HostStopped), "seed {seed}");
+        } else {
+            assert_eq!((report.reset.as_ref(), report.kept.len()), (None, 1), "seed {seed}: {report:?}");
+        }
+        gone_on += u64::from(report.reset.is_none());
+        if report.reset.is_none() {
+            rig.snapshot(&disk, "t");
+            let told = rig.changes(&disk, "t", since);
+            assert!((0..20).all(|block| told.contains(&block)), "seed {seed}: {told:?}");
+        }
+        let Ok(snapshot) = disk.snapshot("s") else { continue };
+        let (io, view) = (rig.io.clone(), View::new(disk.clone(), snapshot));
+        let mut shown = vec![0; then.len()];
+        let read = async move { view.read(&io, 0, &mut shown).await.map(|()| shown) };
+        if let Ok(shown) = rig.run(read) {
+            assert_eq!(
+                differing(&then, &shown),
+                BTreeSet::new(),
+                "seed {seed}: the view shows something else"
+            );
+            kept += 1;
+        }
+    }
+    assert!(
+        kept > SEEDS / 2 && gone_on > SEEDS / 2,
+        "{kept} snapshots were kept, {gone_on} histories went on"
+    );
+}
