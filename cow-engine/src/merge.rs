@@ -212,15 +212,9 @@ impl<S: Storage> Disk<S> {
         });
         let Some([older, snapshot]) = found else { return Ok(false) };
         let is_newest = list.last().is_some_and(|last| Arc::ptr_eq(last, snapshot));
-        let result = if is_newest {
-            self.merge_newest(io, older, snapshot).await
-        } else {
-            snapshot.settled.store(snapshot.records(), SeqCst);
-            if self.merge_some(io, older, snapshot).await? {
-                Ok(())
-            } else {
-                self.drop_snapshot(io, snapshot).await
-            }
+        let result = match is_newest {
+            true => self.merge_newest(io, older, snapshot).await,
+            false => self.merge_settled(io, older, snapshot).await,
         };
         match result {
             // What it should take over is lost to it, and to those who look through it.
@@ -230,6 +224,20 @@ impl<S: Storage> Disk<S> {
             }
             result => result.map(|()| true),
         }
+    }
+
+    /// Merges some of one into which nobody preserves any more, or drops it once there is no more.
+    async fn merge_settled(
+        &self,
+        io: &S,
+        older: &Arc<Snapshot<S>>,
+        snapshot: &Arc<Snapshot<S>>,
+    ) -> Result<(), Error> {
+        snapshot.settled.store(snapshot.records(), SeqCst);
+        if self.merge_some(io, older, snapshot).await? {
+            return Ok(());
+        }
+        self.drop_snapshot(io, snapshot).await
     }
 
     /// Merges some of the newest, into which guests go on to preserve. The last part is merged while

@@ -182,6 +182,18 @@ fn a_store_without_space_costs_what_was_chosen() {
 }
 
 #[test]
+fn sizes_and_generations_begin_anywhere() {
+    let profile = Profile { power: 4, verbs: true, ..Profile::STRICT };
+    suite("sizes_and_generations_begin_anywhere", 18_000_000, profile);
+}
+
+#[test]
+fn sizes_and_generations_survive_faults() {
+    let profile = Profile { power: 4, verbs: true, faults: true, ..Profile::STRICT };
+    suite("sizes_and_generations_survive_faults", 19_000_000, profile);
+}
+
+#[test]
 fn a_history_moves_whole_or_not_at_all() {
     suite_of("a_history_moves_whole_or_not_at_all", 14_000_000, |seed| caught(|| moves::run(seed, &at)));
 }
