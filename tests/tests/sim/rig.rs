@@ -157,7 +157,7 @@ impl<'a> Rig<'a> {
             let capacity = sectors * SECTOR as u64;
             let first = *random.pick(&[4096, 4096, 4096, 8192, 65536]);
             let mut blocks = vec![first];
-            if profile.restless && !random.one_in(4) || random.one_in(5) {
+            if (profile.restless || profile.verbs) && !random.one_in(4) || random.one_in(5) {
                 blocks.push(*random.pick(&[0, 4096, 16384, 65536]));
             }
             oracle.add_disk(capacity);
@@ -519,8 +519,10 @@ impl<'a> Rig<'a> {
         for (at, (disk, report)) in opened.iter().enumerate() {
             let spec = &mut self.specs[at];
             let lost = spec.edited || spec.power && spec.clean == Clean::No;
-            let perhaps =
-                lost || spec.damaged || spec.power && (spec.clean == Clean::Maybe || spec.attempts > 0);
+            // Of a disk that was found closed in order nothing is lost, however often that was tried before.
+            let unsure = report.unclean || report.reset.is_some();
+            let unsure = unsure && (spec.clean == Clean::Maybe || spec.attempts > 0);
+            let perhaps = lost || spec.damaged || spec.power && unsure;
             let generation = disk.change_id().generation;
             if let Some((before, _)) = oracle.disks[at].generation {
                 let must = spec.edited || blocks[at] != spec.block;
@@ -628,9 +630,10 @@ impl<'a> Rig<'a> {
         let faulty = !self.random.one_in(3);
         self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
         let close = self.random.one_in(4);
+        let longest = if self.profile.verbs && self.random.one_in(2) { 9 } else { 13 };
         let limit = match close {
             true => u64::MAX,
-            false => 1 << self.random.within(5..13),
+            false => 1 << self.random.within(5..longest),
         };
         let limit = if close { limit } else { self.random.within(limit / 2..limit) };
         self.at("working", limit);
@@ -673,6 +676,8 @@ impl<'a> Rig<'a> {
             });
         };
         let random = &mut self.random;
+        // So little that nothing is flushed, nor marked near what was changed before.
+        let idle = self.profile.verbs && random.one_in(3);
         for (at, disk) in disks.iter().enumerate() {
             let queues = match self.profile.overlays {
                 true => 1,
@@ -680,7 +685,8 @@ impl<'a> Rig<'a> {
                 false => random.within(1..5),
             };
             for _ in 0..queues {
-                let (own, requests) = (Random::new(random.bits()), random.within(10..80));
+                let requests = if idle { random.within(0..3) } else { random.within(10..80) };
+                let own = Random::new(random.bits());
                 let queue = work::queue(
                     shared.clone(),
                     at,
