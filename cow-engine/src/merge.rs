@@ -178,6 +178,7 @@ impl<S: Storage> Disk<S> {
     /// Those of the files; it may be tried again.
     pub async fn maintain(&self, _admin: &mut Admin, io: &S) -> Result<bool, Error> {
         // What fails here does not keep space from those who wait for it.
+        let undone = self.undo_unconfirmed(io).await;
         let collected = self.collect(io).await;
         self.empty_leaving();
         self.empty_broken();
@@ -191,8 +192,18 @@ impl<S: Storage> Disk<S> {
             self.store.forgive();
             self.holds.retry();
         }
-        collected.and(merged)?;
+        undone.and(collected).and(merged)?;
         Ok(merging || rewinding || sweeping)
+    }
+
+    /// Retires what a creation has left that failed and could not be undone: nobody sees it, and yet changes
+    /// preserve into it. None is under way, for it needs the same [`Admin`].
+    async fn undo_unconfirmed(&self, io: &S) -> Result<(), Error> {
+        let list = self.chain.now();
+        for snapshot in list.iter().filter(|one| one.state() == SnapshotState::Prepared) {
+            self.retire(io, snapshot).await?;
+        }
+        Ok(())
     }
 
     /// Puts the slots of broken snapshots aside: whoever reads them is answered with an error.
