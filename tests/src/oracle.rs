@@ -19,9 +19,9 @@
 //!   been answered before it was issued is in. What was read once is read again, also after a kill.
 //! - **Changes** since an older instant of the same generation name every sector that had a change
 //!   issued after the older command ended and held before the later one began, and every sector whose
-//!   content differs between the two views, or from what the disk held when it was opened with that instant; and no block without a change that was in flight between
-//!   the beginning of the older and the end of the later. Asked again, the answer is the same. A mark counts
-//!   as a change that leaves the content as it is.
+//!   content differs between the two views, or from what the disk held when it was opened with that instant;
+//!   and no block without a change that was in flight between the beginning of the older and the end of the
+//!   later. Asked again, the answer is the same. A mark counts as a change that leaves the content as it is.
 //! - **Sizes.** A disk has the size that it had, or that a resize shall give it; once it has told that one, it
 //!   keeps it over any crash. What is new is zeros, and marked. A view ends where the disk did. One that was to
 //!   become smaller has what it had, or is cut; whatever comes past its end later is marked.
