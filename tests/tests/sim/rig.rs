@@ -629,7 +629,9 @@ impl<'a> Rig<'a> {
         // Some rounds without, in which what an earlier one left behind shows.
         let faulty = !self.random.one_in(3);
         self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
-        let close = self.random.one_in(4);
+        // What fails at a close shows at the next start, after one that was in order.
+        let closes = if self.profile.overlays && self.profile.faults { 2 } else { 4 };
+        let close = self.random.one_in(closes);
         let longest = if self.profile.verbs && self.random.one_in(2) { 9 } else { 13 };
         let limit = match close {
             true => u64::MAX,
