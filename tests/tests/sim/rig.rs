@@ -237,7 +237,9 @@ impl<'a> Rig<'a> {
             releases: if profile.releases { 8 } else { *random.pick(&[0, 0, 0, 3]) },
         });
         let merge_step = *random.pick(&[1, 3, 10, 100]);
+        // Small ones stay cold where nothing is changed, so that what is missing shows.
         let region_bytes = *random.pick(&[4096, 16 << 10, 64 << 10, 1 << 20]);
+        let region_bytes = if profile.verbs { 4096 } else { region_bytes };
         let spared = if profile.damage { *random.pick(&["superblock", "rewind"]) } else { "" };
         let round = 0;
         Self {
@@ -687,7 +689,7 @@ impl<'a> Rig<'a> {
                 false => random.within(1..5),
             };
             for _ in 0..queues {
-                let requests = if idle { random.within(0..3) } else { random.within(10..80) };
+                let requests = if idle { random.within(0..2) } else { random.within(10..80) };
                 let own = Random::new(random.bits());
                 let queue = work::queue(
                     shared.clone(),
