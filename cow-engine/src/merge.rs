@@ -178,6 +178,7 @@ impl<S: Storage> Disk<S> {
     /// Those of the files; it may be tried again.
     pub async fn maintain(&self, _admin: &mut Admin, io: &S) -> Result<bool, Error> {
         // What fails here does not keep space from those who wait for it.
+        let undone = self.undo_unconfirmed(io).await;
         let collected = self.collect(io).await;
         self.empty_leaving();
         self.empty_broken();
@@ -191,8 +192,18 @@ impl<S: Storage> Disk<S> {
             self.store.forgive();
             self.holds.retry();
         }
-        collected.and(merged)?;
+        undone.and(collected).and(merged)?;
         Ok(merging || rewinding || sweeping)
+    }
+
+    /// Retires what a creation has left that failed and could not be undone: nobody sees it, and yet changes
+    /// preserve into it. None is under way, for it needs the same [`Admin`].
+    async fn undo_unconfirmed(&self, io: &S) -> Result<(), Error> {
+        let list = self.chain.now();
+        for snapshot in list.iter().filter(|one| one.state() == SnapshotState::Prepared) {
+            self.retire(io, snapshot).await?;
+        }
+        Ok(())
     }
 
     /// Puts the slots of broken snapshots aside: whoever reads them is answered with an error.
@@ -212,15 +223,9 @@ impl<S: Storage> Disk<S> {
         });
         let Some([older, snapshot]) = found else { return Ok(false) };
         let is_newest = list.last().is_some_and(|last| Arc::ptr_eq(last, snapshot));
-        let result = if is_newest {
-            self.merge_newest(io, older, snapshot).await
-        } else {
-            snapshot.settled.store(snapshot.records(), SeqCst);
-            if self.merge_some(io, older, snapshot).await? {
-                Ok(())
-            } else {
-                self.drop_snapshot(io, snapshot).await
-            }
+        let result = match is_newest {
+            true => self.merge_newest(io, older, snapshot).await,
+            false => self.merge_settled(io, older, snapshot).await,
         };
         match result {
             // What it should take over is lost to it, and to those who look through it.
@@ -230,6 +235,20 @@ impl<S: Storage> Disk<S> {
             }
             result => result.map(|()| true),
         }
+    }
+
+    /// Merges some of one into which nobody preserves any more, or drops it once there is no more.
+    async fn merge_settled(
+        &self,
+        io: &S,
+        older: &Arc<Snapshot<S>>,
+        snapshot: &Arc<Snapshot<S>>,
+    ) -> Result<(), Error> {
+        snapshot.settled.store(snapshot.records(), SeqCst);
+        if self.merge_some(io, older, snapshot).await? {
+            return Ok(());
+        }
+        self.drop_snapshot(io, snapshot).await
     }
 
     /// Merges some of the newest, into which guests go on to preserve. The last part is merged while

@@ -23,6 +23,8 @@
 //! A rewind that was under way goes on in every row: its list of grains, its slots and what of them is back
 //! are durable by themselves. Where that cannot be, the disk is not opened; [`crate::rewind`] tells when.
 //!
+//! An opening that begins a generation flushes the image before: what is there is the beginning that it tells.
+//!
 //! A map that is missing, or of a length that is not its own, takes the snapshots with it: its first page
 //! may have said that some are broken.
 
@@ -354,6 +356,10 @@ impl<S: Storage> Disk<S> {
         report.overlays_dropped = dropped;
         let (checkpoints, lost) = Checkpoints::load(io, &options.dir, &names, report.unclean).await?;
         report.checkpoints_lost = lost;
+        let forgets_size = begun.is_some() && next.growing_to.is_none();
+        if verdict.reset.is_some() || forgets_size {
+            settle_image(io, &options.image, old_words.as_ref()).await?;
+        }
         if let Some(reason) = &verdict.reset {
             // The old generation ends durably before its map is cleared or replaced: a stop between
             // the two must not leave a valid generation with an empty map.
@@ -416,11 +422,6 @@ impl<S: Storage> Disk<S> {
             if let Some(intent) = &intent {
                 intent.give_up();
             }
-        }
-        if begun.is_some() && next.growing_to.is_none() && verdict.reset.is_none() {
-            // Its length may be known to the page cache only. Were the other one forgotten before, a power cut could
-            // bring that one back, and nobody could explain it.
-            io.sync(&options.image).await.map_err(Error::io("flushing the image"))?;
         }
         // Before the superblock says that the disk is served, and after the old generation ended: until then the
         // next opening must see what this one saw.
@@ -548,6 +549,24 @@ impl<S: Storage> Disk<S> {
         })
         .await
     }
+}
+
+/// Makes what the image holds, and its length, what a power cut leaves, before a superblock rests on it.
+///
+/// Of a new generation the beginning is told, and no mark in it, nor a hot region, tells of what was changed before:
+/// were that in the page cache only, a power cut would take it back without a trace. Were the size of a resize that was
+/// cut off forgotten before, a power cut could bring that length back, and nobody could explain it.
+async fn settle_image<S: Storage>(
+    io: &S,
+    image: &S::File,
+    words: Option<&Control<S::Cells>>,
+) -> Result<(), Error> {
+    let Err(source) = io.sync(image).await else { return Ok(()) };
+    // It is told once: the next start must not take this one's answer for a success.
+    if let Some(words) = words {
+        words.note_flush_failed(true);
+    }
+    Err(Error::Io { what: "flushing the image", source })
 }
 
 /// Opens or makes the superblock's file and reads the newest valid copy.

@@ -205,6 +205,8 @@ impl<S: Storage> Disk<S> {
                 io.set_len(&file, bytes_of(mapped)).map_err(fail())?;
             }
             if image_len == self.capacity() {
+                // A power cut could bring the other length back, which nobody could explain then.
+                self.flush(io).await?;
                 self.write_superblock(io, |superblock| superblock.growing_to = None).await?;
             }
             Ok::<(), Error>(())

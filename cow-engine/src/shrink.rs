@@ -25,7 +25,8 @@
 //! not.
 //!
 //! If the image cannot be cut, the superblock has the old size again before the gate opens. If that fails too, the
-//! disk is served with its old size all the same, and the next opening goes on as after a stop.
+//! disk is served with its old size all the same; a stop goes on as above, and the next superblock that is written says
+//! the old size, so that nothing that is made meanwhile is larger than the disk that an opening finds.
 //!
 //! Snapshots are refused: they would end where the image does not reach any more, and preserve of it what is not
 //! there. So there are no overlays, and no view. Checkpoints stay: as the older end only their epoch counts, as the
@@ -46,6 +47,7 @@
 //! Absent: growing.
 
 use std::io::ErrorKind;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Release;
 use std::time::Duration;
 
@@ -53,6 +55,7 @@ use cbt::SECTOR_BYTES;
 
 use crate::disk::{Disk, with_sources};
 use crate::error::Error;
+use crate::format::Superblock;
 use crate::group::Admin;
 use crate::resize::MAX_BYTES;
 use crate::storage::Storage;
@@ -117,11 +120,13 @@ impl<S: Storage> Disk<S> {
             self.capacity.store(size, Release);
             return Ok(());
         };
-        let taken_back = self.write_superblock(io, |superblock| {
+        let take_back = |superblock: &mut Superblock| {
             superblock.capacity = old;
             superblock.growing_to = None;
-        });
-        if let Err(error) = taken_back.await {
+        };
+        if let Err(error) = self.write_superblock(io, take_back).await {
+            // With the next one that is written, a snapshot's or the last, at the latest.
+            take_back(&mut self.superblock.lock().unwrap_or_else(PoisonError::into_inner));
             log::warn!("{}: taking back a resize: {}", self.name, with_sources(&error));
         }
         match error.kind() {

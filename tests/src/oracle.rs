@@ -19,12 +19,14 @@
 //!   been answered before it was issued is in. What was read once is read again, also after a kill.
 //! - **Changes** since an older instant of the same generation name every sector that had a change
 //!   issued after the older command ended and held before the later one began, and every sector whose
-//!   content differs between the two views; and no block without a change that was in flight between
-//!   the beginning of the older and the end of the later. Asked again, the answer is the same. A mark counts
-//!   as a change that leaves the content as it is.
+//!   content differs between the two views, or from what the disk held when it was opened with that instant;
+//!   and no block without a change that was in flight between the beginning of the older and the end of the
+//!   later. Asked again, the answer is the same. A mark counts as a change that leaves the content as it is.
 //! - **Sizes.** A disk has the size that it had, or that a resize shall give it; once it has told that one, it
 //!   keeps it over any crash. What is new is zeros, and marked. A view ends where the disk did. One that was to
 //!   become smaller has what it had, or is cut; whatever comes past its end later is marked.
+//! - **Breaks.** A snapshot that broke stays so, over kills and over power cuts after a stop in order. A disk of which
+//!   a flush has failed is not closed in order until the host was started anew.
 //! - **Holes** of a view read as zeros.
 //! - **Releases.** What a reader has released is answered with an error, and is in no hole; everything else
 //!   is as it was. A release that was cut off or failed may hold for each of its grains or not.
@@ -164,6 +166,8 @@ pub struct Member {
     released: BTreeMap<u64, bool>,
     /// A release was begun.
     may_be_released: bool,
+    /// It was told that it broke.
+    broken: bool,
     answers: BTreeMap<u32, Vec<ByteRange>>,
 }
 
@@ -186,6 +190,14 @@ struct Told {
     id: ChangeId,
     begin: u64,
     end: u64,
+}
+
+/// What a disk held when it was opened, and the instant that it told then.
+#[derive(Debug)]
+struct Opening {
+    at: u64,
+    id: ChangeId,
+    seen: BTreeMap<u64, Stamp>,
 }
 
 /// A resize on its way.
@@ -223,7 +235,10 @@ pub struct DiskModel {
     tainted: u64,
     /// When a flush was first answered with an error since the disk was opened.
     refused: Option<u64>,
+    /// The same, since the host was started.
+    distrusted: bool,
     told: Vec<Told>,
+    openings: Vec<Opening>,
     generations: Vec<Generation>,
     /// When regions of so many bytes were counted as changed because the host had stopped.
     presumed: Vec<(u64, u64)>,
@@ -284,7 +299,9 @@ impl Oracle {
             flushes: Vec::new(),
             tainted: 0,
             refused: None,
+            distrusted: false,
             told: Vec::new(),
+            openings: Vec::new(),
             generations: Vec::new(),
             presumed: Vec::new(),
             generation: None,
@@ -487,6 +504,24 @@ impl Oracle {
         self.disks[disk].refused.is_some()
     }
 
+    /// A flush of the image has failed: until the host is started anew nobody knows what the medium holds.
+    pub fn distrust(&mut self, disk: usize) {
+        self.disks[disk].distrusted = true;
+    }
+
+    /// The host was started anew.
+    pub fn host_started(&mut self) {
+        self.disks.iter_mut().for_each(|disk| disk.distrusted = false);
+    }
+
+    /// Judges a disk's being closed in order, by a command that began at `issued`.
+    pub fn closed(&mut self, disk: usize, issued: u64) -> Verdict {
+        if self.disks[disk].distrusted {
+            return Err(format!("disk {disk} was closed in order though a flush of it had failed"));
+        }
+        self.flushed(disk, issued)
+    }
+
     /// A flush issued at `issued` was answered without an error.
     pub fn flushed(&mut self, disk: usize, issued: u64) -> Verdict {
         let at = disk;
@@ -588,6 +623,9 @@ impl Oracle {
             let what = if power_cut { "after a power cut" } else { "after a kill" };
             self.expect(&format!("{what} disk {disk}"), sector, found, &window)?;
             self.check_side(disk, sector, found, &window)?;
+            if let Some(opening) = self.disks[disk].openings.last_mut() {
+                opening.seen.insert(sector, found);
+            }
             if window.len() > 1 {
                 // It is as old as what was found: a sync that failed since has left it behind.
                 let fits = window.iter().filter(|entry| self.value(entry) == found);
@@ -639,6 +677,7 @@ impl Oracle {
             seen: BTreeMap::new(),
             released: BTreeMap::new(),
             may_be_released: false,
+            broken: false,
             answers: BTreeMap::new(),
         };
         let members = disks.iter().map(|&disk| (disk, member(disk))).collect();
@@ -708,6 +747,25 @@ impl Oracle {
         self.groups[group].members.get_mut(&disk).expect("a member of the group")
     }
 
+    /// It was told that a snapshot broke.
+    pub fn broke(&mut self, disk: usize, name: &str) {
+        let groups = self.groups.iter_mut().filter(|group| group.name == name);
+        groups.filter_map(|group| group.members.get_mut(&disk)).for_each(|member| member.broken = true);
+    }
+
+    /// Judges whether a snapshot that a start found is broken if it was left so.
+    pub fn found_whole(&mut self, disk: usize, name: &str, whole: bool) -> Verdict {
+        if !whole {
+            self.broke(disk, name);
+            return Ok(());
+        }
+        let groups = self.groups.iter().filter(|group| group.name == name);
+        match groups.filter_map(|group| group.members.get(&disk)).any(|member| member.broken) {
+            true => Err(format!("disk {disk}: snapshot {name} had broken, and is whole")),
+            false => Ok(()),
+        }
+    }
+
     /// A snapshot of unknown fate was found, or not.
     pub fn found(&mut self, group: usize, disk: usize, id: Option<ChangeId>) -> Verdict {
         match id {
@@ -754,6 +812,17 @@ impl Oracle {
         model.grid = grid;
         model.refused = None;
         self.note_attempt(disk);
+    }
+
+    /// A disk that was opened tells its last instant, or the beginning of its generation. What is marked after that
+    /// one is all that differs from what is there now.
+    pub fn told_at_start(&mut self, disk: usize, id: ChangeId) {
+        let now = self.now();
+        let model = &mut self.disks[disk];
+        model.openings.push(Opening { at: now, id, seen: BTreeMap::new() });
+        if model.told.iter().all(|told| told.id != id) {
+            model.told.push(Told { id, begin: model.cleared, end: now });
+        }
     }
 
     /// A new generation of a disk that is served is asked for; whether an earlier one may be on the medium.
@@ -1024,10 +1093,18 @@ impl Oracle {
                 id.epoch == since && later.id.is_some_and(|later| later.generation == id.generation)
             })
         });
-        let Some(older) = older else { return Ok(()) };
-        for (sector, value) in &later.seen {
-            if older.seen.get(sector).is_some_and(|before| before != value) && !covers(answer, *sector) {
-                return Err(format!("sector {sector} differs between the views and is missing"));
+        // Only what came after an opening differs from it by marks.
+        let is_after = |opening: &&Opening| {
+            let same = later.id.is_some_and(|later| later.generation == opening.id.generation);
+            same && opening.id.epoch == since && opening.at < self.groups[group].begin
+        };
+        let openings = self.disks[disk].openings.iter().filter(is_after);
+        let openings = openings.map(|opening| ("what was there at a start", &opening.seen));
+        for (what, before) in older.map(|older| ("the older view", &older.seen)).into_iter().chain(openings) {
+            for (sector, value) in &later.seen {
+                if before.get(sector).is_some_and(|before| before != value) && !covers(answer, *sector) {
+                    return Err(format!("sector {sector} differs from {what} and is missing"));
+                }
             }
         }
         Ok(())

@@ -128,6 +128,12 @@ fn overlays_keep_what_was_written_to_them_and_nothing_else() {
 }
 
 #[test]
+fn overlays_survive_faults() {
+    let profile = Profile { power: 4, overlays: true, faults: true, ..Profile::STRICT };
+    suite("overlays_survive_faults", 21_000_000, profile);
+}
+
+#[test]
 fn what_is_released_is_an_error_and_nothing_else() {
     let profile = Profile { power: 1, releases: true, ..Profile::STRICT };
     suite("what_is_released_is_an_error_and_nothing_else", 9_000_000, profile);
@@ -179,6 +185,18 @@ fn damaged_checkpoints_are_noticed() {
 fn a_store_without_space_costs_what_was_chosen() {
     let profile = Profile { power: 2, short: true, ..Profile::STRICT };
     suite("a_store_without_space_costs_what_was_chosen", 13_000_000, profile);
+}
+
+#[test]
+fn sizes_and_generations_begin_anywhere() {
+    let profile = Profile { power: 4, verbs: true, ..Profile::STRICT };
+    suite("sizes_and_generations_begin_anywhere", 18_000_000, profile);
+}
+
+#[test]
+fn sizes_and_generations_survive_faults() {
+    let profile = Profile { power: 4, verbs: true, faults: true, ..Profile::STRICT };
+    suite("sizes_and_generations_survive_faults", 19_000_000, profile);
 }
 
 #[test]

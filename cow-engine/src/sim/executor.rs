@@ -185,7 +185,12 @@ impl Sim {
 
     /// Whether the process has come to the step at which it dies.
     pub fn is_dead(&self) -> bool {
-        self.world.borrow().dead
+        self.world.borrow().is_dead()
+    }
+
+    /// The same, for who is told something by the process on any thread: after its last step it says what did not happen.
+    pub fn death(&self) -> Arc<AtomicBool> {
+        self.world.borrow().dead.clone()
     }
 
     /// Starts a task. It ends with the process.
@@ -282,7 +287,7 @@ impl Sim {
     fn end(&mut self) {
         {
             let mut world = self.world.borrow_mut();
-            if !world.dead {
+            if !world.is_dead() {
                 world.die();
             }
         }

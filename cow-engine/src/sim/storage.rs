@@ -126,7 +126,7 @@ impl SimStorage {
 
     fn start(&self, file: u64, work: Work) -> Waiting {
         let mut world = self.world.borrow_mut();
-        let id = (!world.dead).then(|| world.begin(file, work));
+        let id = (!world.is_dead()).then(|| world.begin(file, work));
         Waiting { world: self.world.clone(), id }
     }
 
@@ -167,9 +167,15 @@ impl SimStorage {
         self.world.borrow_mut().file(file.id).failed_syncs
     }
 
+    /// The process dies after so many steps at the latest: what is being done is cut off.
+    pub fn die_within(&self, steps: u64) {
+        let mut world = self.world.borrow_mut();
+        world.deadline = world.deadline.min(world.steps.saturating_add(steps));
+    }
+
     /// Whether the process has come to the step at which it dies: what it learns now, nobody hears.
     pub fn is_dead(&self) -> bool {
-        self.world.borrow().dead
+        self.world.borrow().is_dead()
     }
 }
 
@@ -272,7 +278,7 @@ impl Storage for SimStorage {
     fn sync_cells(&self, cells: &SimCells) -> io::Result<()> {
         let called = self.call(OpKind::SyncCells);
         let mut world = self.world.borrow_mut();
-        let dead = world.dead;
+        let dead = world.is_dead();
         if let Some(file) = world.files.values_mut().find(|file| file.is_mapped_as(&cells.memory)) {
             match &called {
                 Ok(()) => file.sync_cells(cells.count),

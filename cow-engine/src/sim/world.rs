@@ -6,6 +6,9 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::task::Waker;
 
 use super::FileKind;
@@ -122,7 +125,8 @@ pub(super) struct World {
     /// When the boot began.
     pub(super) boot_began: u64,
     pub(super) deadline: u64,
-    pub(super) dead: bool,
+    /// The process has come to its last step; shared with those who are told something from within it.
+    pub(super) dead: Arc<AtomicBool>,
     frozen_cells: Vec<(u64, Vec<u32>)>,
     pub(super) boot: u64,
     pub(super) rules: Vec<Rule>,
@@ -154,7 +158,7 @@ impl World {
             idle: 0,
             boot_began: 0,
             deadline: u64::MAX,
-            dead: false,
+            dead: Arc::default(),
             frozen_cells: Vec::new(),
             boot: 1,
             rules: Vec::new(),
@@ -187,14 +191,18 @@ impl World {
     /// Counts a step; the process may die of it.
     pub(super) fn step(&mut self) {
         self.steps += 1;
-        if self.steps >= self.deadline && !self.dead {
+        if self.steps >= self.deadline && !self.is_dead() {
             self.die();
         }
     }
 
+    pub(super) fn is_dead(&self) -> bool {
+        self.dead.load(SeqCst)
+    }
+
     /// From here on nothing that the process does has an effect.
     pub(super) fn die(&mut self) {
-        self.dead = true;
+        self.dead.store(true, SeqCst);
         self.frozen_cells =
             self.files.iter().filter_map(|(&id, file)| Some((id, file.cells_now()?))).collect();
     }
@@ -202,7 +210,7 @@ impl World {
     /// A call that does not wait: a step, and an error if the process is dead or a fault comes up.
     pub(super) fn call(&mut self, op: OpKind, file: FileKind) -> io::Result<()> {
         self.step();
-        if self.dead {
+        if self.is_dead() {
             return Err(io::Error::other("the process has ended"));
         }
         match self.fault(op, file) {
@@ -378,7 +386,7 @@ impl World {
     /// Nobody waits for this operation any more: it is ended on the spot, as a host does.
     pub(super) fn drop_op(&mut self, id: u64) {
         let Some(at) = self.ops.iter().position(|op| op.id == id) else { return };
-        if self.dead || self.ops[at].detached {
+        if self.is_dead() || self.ops[at].detached {
             return;
         }
         while let Some(piece) = self.ops[at].pieces.pop() {
@@ -389,7 +397,7 @@ impl World {
 
     /// Ends the process: what was in flight lands or not.
     pub(super) fn end_process(&mut self) {
-        if !self.dead {
+        if !self.is_dead() {
             self.die();
         }
         for at in 0..self.ops.len() {
@@ -416,7 +424,7 @@ impl World {
                 file.restore_cells(&cells);
             }
         }
-        self.dead = false;
+        self.dead.store(false, SeqCst);
         self.deadline = u64::MAX;
         let Self { files, dirs, .. } = self;
         files.retain(|&id, file| file.kind == FileKind::Image || dirs.iter().any(|dir| dir.holds(id)));

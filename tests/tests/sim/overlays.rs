@@ -154,6 +154,10 @@ async fn request(
         io.turn().await;
         return Ok(());
     }
+    if random.one_in(shared.cuts * 16) {
+        // In the midst of it, or soon after.
+        io.die_within(random.within(1..60));
+    }
     let zeros = random.one_in(3);
     let now = shared.oracle.borrow_mut().now();
     let (number, salt) = shared.overlays.borrow_mut().issue(overlay, sectors.clone(), zeros, now);

@@ -4,13 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::io::ErrorKind;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use cow_engine::cbt::BlockGrid;
-use cow_engine::inspect::{Around, Finding, Grade, Inspection};
+use cow_engine::inspect::{Around, Fact, Finding, Grade, Inspection, Value};
 use cow_engine::sim::{Damage, Defect, FileKind, OpKind, Random, Rule, Sim, SimDir};
 use cow_engine::{
-    AreaSpec, Disk, DiskOptions, Error, Meanwhile, OnOverflow, OpenReport, ResetReason, StorePlan, Terms,
-    group,
+    AreaSpec, Disk, DiskOptions, Error, Event, EventSink, Meanwhile, OnOverflow, OpenReport, ResetReason,
+    StorePlan, Terms, group,
 };
 use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
 use ebbtide_tests::overlay_oracle::OverlayOracle;
@@ -39,6 +40,8 @@ pub(crate) struct Profile {
     pub(crate) checkpoints: bool,
     /// Stores have little space, in several areas, and snapshots say what happens then.
     pub(crate) short: bool,
+    /// Disks get other sizes and begin new generations more than anything else, and commands are cut off.
+    pub(crate) verbs: bool,
     /// What is wrong with the medium.
     pub(crate) defect: Option<Defect>,
 }
@@ -55,6 +58,7 @@ impl Profile {
         rewinds: false,
         checkpoints: false,
         short: false,
+        verbs: false,
         defect: None,
     };
 }
@@ -153,7 +157,7 @@ impl<'a> Rig<'a> {
             let capacity = sectors * SECTOR as u64;
             let first = *random.pick(&[4096, 4096, 4096, 8192, 65536]);
             let mut blocks = vec![first];
-            if profile.restless && !random.one_in(4) || random.one_in(5) {
+            if (profile.restless || profile.verbs) && !random.one_in(4) || random.one_in(5) {
                 blocks.push(*random.pick(&[0, 4096, 16384, 65536]));
             }
             oracle.add_disk(capacity);
@@ -216,14 +220,26 @@ impl<'a> Rig<'a> {
             places: specs.iter().map(|spec| spec.places).collect(),
             unmap_works,
             // What of a resize that was cut off is lost with a superblock the oracle does not follow.
-            resets: if profile.damage { 0 } else { *random.pick(&[0, 3, 10]) },
-            resizes: if profile.damage { 0 } else { *random.pick(&[0, 4, 12]) },
+            resets: match () {
+                () if profile.damage => 0,
+                () if profile.verbs => *random.pick(&[0, 2]),
+                () => *random.pick(&[0, 3, 10]),
+            },
+            resizes: match () {
+                () if profile.damage => 0,
+                () if profile.verbs => *random.pick(&[0, 2, 2]),
+                () => *random.pick(&[0, 4, 12]),
+            },
+            cuts: if profile.verbs { 3 } else { *random.pick(&[0, 8, 30]) },
             next_name: Cell::new(0),
+            broke: Arc::default(),
             hunted: Cell::new(None),
             releases: if profile.releases { 8 } else { *random.pick(&[0, 0, 0, 3]) },
         });
         let merge_step = *random.pick(&[1, 3, 10, 100]);
+        // Small ones stay cold where nothing is changed, so that what is missing shows.
         let region_bytes = *random.pick(&[4096, 16 << 10, 64 << 10, 1 << 20]);
+        let region_bytes = if profile.verbs { 4096 } else { region_bytes };
         let spared = if profile.damage { *random.pick(&["superblock", "rewind"]) } else { "" };
         let round = 0;
         Self {
@@ -258,10 +274,12 @@ impl<'a> Rig<'a> {
     /// The process or the host ends here.
     fn crash(&mut self) {
         self.shared.note_failed_syncs();
+        self.shared.note_breaks();
         // What was changed between a kill and a stop of the host is not told.
         let unseen = self.specs.iter().any(|spec| spec.unseen);
         if self.random.below(10) < self.profile.power && !unseen {
             self.sim.power_cut();
+            self.shared.oracle.borrow_mut().host_started();
             for spec in &mut self.specs {
                 spec.power = true;
             }
@@ -313,6 +331,8 @@ impl<'a> Rig<'a> {
                 // Without it nothing tells of damage of the map.
                 0 if closed && name == "sample" => continue,
                 0 => Damage::Remove,
+                // A few records are what is missed the least.
+                1 if name.ends_with(".index") => Damage::Cut(len.saturating_sub(16 * random.within(1..5))),
                 1 | 2 => Damage::Cut(place),
                 // Of what is in a slot, in the map or in an overlay there is no checksum.
                 _ if !is_checked(&name) && !is_summed => continue,
@@ -333,6 +353,21 @@ impl<'a> Rig<'a> {
             self.sim.damage(dir, &name, damage);
             self.specs[at].damaged = true;
         }
+    }
+
+    /// Damages a record of a snapshot that is held: it is in memory, and needed again once the snapshot is merged.
+    fn damage_records(&mut self) {
+        let at = self.random.index(self.specs.len());
+        let dir = self.specs[at].dir;
+        let mut names = self.sim.names(dir).expect("a directory");
+        names.retain(|name| name.ends_with(".index") && self.sim.len_of(dir, name) > 4096);
+        if names.is_empty() {
+            return;
+        }
+        let name = self.random.pick(&names);
+        let place = self.random.within(4096..self.sim.len_of(dir, name));
+        self.sim.damage(dir, name, Damage::Flip(place));
+        self.specs[at].damaged = true;
     }
 
     /// Opens all disks, however often it is cut off; `None` if one is rightly refused.
@@ -381,8 +416,12 @@ impl<'a> Rig<'a> {
     fn look(&self) -> Vec<Vec<Finding>> {
         let of = |(at, spec): (usize, &Spec)| {
             let mut inspection = Inspection::read(&self.sim.files(spec.dir)).expect("no faults now");
-            let _ = inspection.facts();
             let held = self.shared.images[at];
+            if !spec.damaged {
+                let len = self.shared.io.identity(held).len;
+                let sizes = known_sizes(&inspection);
+                assert!(sizes.is_empty() || sizes.contains(&len), "disk {at} has {len} bytes, not {sizes:?}");
+            }
             inspection.compare_image(|from, out| {
                 self.sim.look(held, from, out);
                 Ok(())
@@ -438,7 +477,7 @@ impl<'a> Rig<'a> {
                 dir: spec.dir,
                 tracking: (*block != 0).then(|| BlockGrid::new(*block).expect("a block size")),
                 boot: self.sim.boot(),
-                events: Arc::new(|_| {}),
+                events: self.listener(at),
                 merge_step: self.merge_step,
                 store: self.plan(spec),
                 region_bytes: Some(self.region_bytes),
@@ -446,6 +485,17 @@ impl<'a> Rig<'a> {
             }
         };
         self.specs.iter().zip(blocks).enumerate().map(make).collect()
+    }
+
+    /// Hears of what breaks on a disk.
+    fn listener(&self, at: usize) -> EventSink {
+        let (broke, death) = (self.shared.broke.clone(), self.sim.death());
+        Arc::new(move |event| match event {
+            Event::SnapshotBroken { snapshot, .. } if !death.load(SeqCst) => {
+                broke.lock().expect("one thread").push((at, snapshot));
+            }
+            _ => {}
+        })
     }
 
     /// Where the old content of a disk goes this time.
@@ -466,12 +516,15 @@ impl<'a> Rig<'a> {
 
     /// Judges generations and snapshots after an opening that was not cut off.
     fn opened(&mut self, opened: Vec<(SimDisk, OpenReport)>, blocks: &[u64]) -> Vec<SimDisk> {
+        self.shared.note_breaks();
         let mut oracle = self.shared.oracle.borrow_mut();
         for (at, (disk, report)) in opened.iter().enumerate() {
             let spec = &mut self.specs[at];
             let lost = spec.edited || spec.power && spec.clean == Clean::No;
-            let perhaps =
-                lost || spec.damaged || spec.power && (spec.clean == Clean::Maybe || spec.attempts > 0);
+            // Of a disk that was found closed in order nothing is lost, however often that was tried before.
+            let unsure = report.unclean || report.reset.is_some();
+            let unsure = unsure && (spec.clean == Clean::Maybe || spec.attempts > 0);
+            let perhaps = lost || spec.damaged || spec.power && unsure;
             let generation = disk.change_id().generation;
             if let Some((before, _)) = oracle.disks[at].generation {
                 let must = spec.edited || blocks[at] != spec.block;
@@ -525,6 +578,10 @@ impl<'a> Rig<'a> {
                 let known = oracle.groups_of(at, |fate| fate == Fate::Held);
                 let known = known.iter().any(|&group| oracle.groups[group].name == snapshot.name());
                 assert!(known, "disk {at}: snapshot {} was not expected", snapshot.name());
+                let whole = snapshot.broken().is_none();
+                if let Err(what) = oracle.found_whole(at, snapshot.name(), whole) {
+                    assert!(spec.damaged, "{what}: {report:?}");
+                }
             }
             // A superblock that was lost has no checkpoint to go on with, and they stay all the same.
             let found = checkpoints::of(disk);
@@ -539,6 +596,7 @@ impl<'a> Rig<'a> {
                 overlays::Kept::Always
             };
             overlays::opened(&self.shared, &mut oracle, at, disk, must);
+            oracle.told_at_start(at, disk.change_id());
         }
         let power = self.specs.iter().any(|spec| spec.power);
         let damaged = self.specs.iter().any(|spec| spec.damaged);
@@ -573,18 +631,30 @@ impl<'a> Rig<'a> {
         // Some rounds without, in which what an earlier one left behind shows.
         let faulty = !self.random.one_in(3);
         self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
-        let close = self.random.one_in(4);
+        // What fails at a close shows at the next start, after one that was in order.
+        let closes = if self.profile.overlays && self.profile.faults { 2 } else { 4 };
+        let close = self.random.one_in(closes);
+        let longest = if self.profile.verbs && self.random.one_in(2) { 9 } else { 13 };
         let limit = match close {
             true => u64::MAX,
-            false => 1 << self.random.within(5..13),
+            false => 1 << self.random.within(5..longest),
         };
         let limit = if close { limit } else { self.random.within(limit / 2..limit) };
         self.at("working", limit);
         self.beat(&disks);
         self.specs.iter_mut().for_each(|spec| spec.quiet = false);
+        if self.profile.damage && self.random.one_in(3) {
+            self.damage_records();
+        }
         let work = self.tasks(&disks);
         let done = self.sim.run(work, limit);
         if done.is_some() {
+            if self.random.one_in(4) {
+                self.sim.set_faults(Vec::new());
+                let idle = work::account_all(self.shared.clone(), disks.clone());
+                assert!(self.sim.run(idle, u64::MAX).is_some());
+                self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
+            }
             self.beat(&disks);
         }
         if done.is_none() || !close {
@@ -610,6 +680,8 @@ impl<'a> Rig<'a> {
             });
         };
         let random = &mut self.random;
+        // So little that nothing is flushed, nor marked near what was changed before.
+        let idle = self.profile.verbs && random.one_in(3);
         for (at, disk) in disks.iter().enumerate() {
             let queues = match self.profile.overlays {
                 true => 1,
@@ -617,7 +689,8 @@ impl<'a> Rig<'a> {
                 false => random.within(1..5),
             };
             for _ in 0..queues {
-                let (own, requests) = (Random::new(random.bits()), random.within(10..80));
+                let requests = if idle { random.within(0..2) } else { random.within(10..80) };
+                let own = Random::new(random.bits());
                 let queue = work::queue(
                     shared.clone(),
                     at,
@@ -691,8 +764,7 @@ impl<'a> Rig<'a> {
                     match answer {
                         Ok(()) => {
                             closing.borrow_mut()[at] = Clean::Yes;
-                            let flushed = shared.oracle.borrow_mut().flushed(at, begin);
-                            assert!(flushed.is_ok(), "{flushed:?}");
+                            work::judge(shared.oracle.borrow_mut().closed(at, begin));
                         }
                         Err(error) => assert!(!shared.strict, "closing: {error:?}"),
                     }
@@ -806,6 +878,21 @@ impl<'a> Rig<'a> {
             assert!(stored == 0 || may, "disk {at}: {stored} bytes are left");
         }
     }
+}
+
+/// The lengths of its image that the newest superblock knows; none if there is no superblock.
+fn known_sizes(inspection: &Inspection) -> Vec<u64> {
+    let number = |fact: &Fact, name: &str| {
+        let mut named = fact.fields.iter().filter(|(field, _)| *field == name);
+        named.find_map(|(_, value)| if let Value::Number(number) = value { Some(*number) } else { None })
+    };
+    let facts = inspection.facts();
+    let newest = facts
+        .iter()
+        .filter(|fact| fact.structure == "superblock")
+        .max_by_key(|fact| number(fact, "sequence"));
+    let sizes = |fact| ["capacity", "growing_to"].into_iter().filter_map(move |name| number(fact, name));
+    newest.into_iter().flat_map(sizes).collect()
 }
 
 /// Whether a state file is covered by checksums. What is in a slot, in the map or in an overlay is not, nor what

@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cow_engine::cbt::ByteRange;
@@ -45,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) resizes: u64,
     /// One command in so many begins a new generation; 0 for none.
     pub(crate) resets: u64,
+    /// One command in so many is cut off, or what comes soon after it; 0 for none.
+    pub(crate) cuts: u64,
     /// Snapshots whose deletion was commanded.
     pub(crate) let_go: RefCell<BTreeSet<String>>,
     /// State files are damaged between lives.
@@ -57,6 +59,8 @@ pub(crate) struct Shared {
     pub(crate) reverts: Cell<u64>,
     pub(crate) failed_syncs: Vec<Cell<u64>>,
     pub(crate) next_name: Cell<u64>,
+    /// Snapshots that broke, with their disks, which the oracle does not know of yet.
+    pub(crate) broke: Arc<Mutex<Vec<(usize, String)>>>,
     /// A snapshot (group and disk) that all readers are to read at once, since something happens to it.
     pub(crate) hunted: Cell<Option<(usize, usize)>>,
     /// Of ten readers so many release what they have read.
@@ -85,6 +89,13 @@ impl Shared {
             if failed != self.failed_syncs[disk].replace(failed) {
                 self.oracle.borrow_mut().sync_failed(disk);
             }
+        }
+    }
+
+    /// Tells the oracle what broke.
+    pub(crate) fn note_breaks(&self) {
+        for (disk, snapshot) in self.broke.lock().expect("one thread").drain(..) {
+            self.oracle.borrow_mut().broke(disk, &snapshot);
         }
     }
 
@@ -258,6 +269,9 @@ async fn flush(shared: &Shared, at: usize, disk: &SimDisk) {
         }
         Err(error) => {
             shared.oracle.borrow_mut().not_flushed(at);
+            if matches!(error, Error::Poisoned | Error::Io { what: "flushing the image", .. }) {
+                shared.oracle.borrow_mut().distrust(at);
+            }
             shared.allow("flushing", &error);
         }
     }
@@ -372,6 +386,10 @@ pub(crate) async fn administrator(
             let of = |disk| oracle.groups_of(disk, |fate| fate == Fate::Held);
             (0..disks.len()).flat_map(|disk| of(disk).into_iter().map(move |group| (group, disk))).collect()
         };
+        if random.one_in(shared.cuts) {
+            let most = 1 << random.within(3..9);
+            shared.io.die_within(random.within(1..most));
+        }
         if random.one_in(shared.resizes) {
             resize(&shared, &mut admin, &disks, &mut random).await;
         } else if random.one_in(shared.resets) {
@@ -650,14 +668,27 @@ async fn account(shared: &Shared, disk: &SimDisk) {
         );
         return;
     }
-    let held: u64 = disk.snapshots().iter().map(|snapshot| snapshot.bytes_held()).sum();
-    let orphaned = disk.bytes_orphaned();
-    assert_eq!(disk.bytes_stored(), held + orphaned, "{}: bytes of no snapshot", disk.name());
-    assert_eq!(disk.store_budget().used(), held + orphaned, "{}: bytes that are counted", disk.name());
+    check_slots(disk);
     // What is copied back is preserved on the way.
     if !rewinding {
         assert_eq!(before, freed_by_deletes(disk), "{}: maintenance freed something else", disk.name());
     }
+}
+
+/// Lets disks with which nobody does anything do what is left to do, if they can; then each slot is somebody's.
+pub(crate) async fn account_all(shared: Rc<Shared>, disks: Vec<SimDisk>) {
+    for disk in disks.iter().filter(|disk| disk.rewind().is_none()) {
+        maintain_all(&shared.io, disk).await.expect("no faults now");
+        check_slots(disk);
+    }
+}
+
+/// Of a disk that has nothing left to do.
+fn check_slots(disk: &SimDisk) {
+    let held: u64 = disk.snapshots().iter().map(|snapshot| snapshot.bytes_held()).sum();
+    let orphaned = disk.bytes_orphaned();
+    assert_eq!(disk.bytes_stored(), held + orphaned, "{}: bytes of no snapshot", disk.name());
+    assert_eq!(disk.store_budget().used(), held + orphaned, "{}: bytes that are counted", disk.name());
 }
 
 /// What deletions of a disk's snapshots would free, one at a time.
