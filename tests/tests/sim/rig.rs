@@ -331,8 +331,10 @@ impl<'a> Rig<'a> {
                 // Without it nothing tells of damage of the map.
                 0 if closed && name == "sample" => continue,
                 0 => Damage::Remove,
-                // A few records are what is missed the least.
-                1 if name.ends_with(".index") => Damage::Cut(len.saturating_sub(16 * random.within(1..5))),
+                // A few records are what is missed the least; after a kill others that nobody counted may stand in.
+                1 if closed && name.ends_with(".index") => {
+                    Damage::Cut(len.saturating_sub(16 * random.within(1..5)))
+                }
                 1 | 2 => Damage::Cut(place),
                 // Of what is in a slot, in the map or in an overlay there is no checksum.
                 _ if !is_checked(&name) && !is_summed => continue,
