@@ -25,7 +25,7 @@ use crate::append::Appender;
 use crate::away::Meanwhile;
 use crate::behind::Backlog;
 use crate::buffers::Buffers;
-use crate::chain::Chain;
+use crate::chain::{Chain, List};
 use crate::checkpoint::Checkpoints;
 use crate::claims::Claims;
 use crate::error::Error;
@@ -523,15 +523,14 @@ impl<S: Storage> Disk<S> {
         self.announce(snapshot, code, &reason);
         // Nobody waits for the sake of a broken one.
         self.holds.retry();
-        let older: Vec<_> =
-            self.chain.now().iter().filter(|one| one.sequence < snapshot.sequence).cloned().collect();
         let with = format!("it needs snapshot '{}', which broke: {reason}", snapshot.name);
+        // All of them before anything is waited for: slots of a broken one are soon others', and they look through it.
+        let mut older = List::clone(&self.chain.now());
+        older.retain(|one| one.sequence < snapshot.sequence && one.set_broken(broken(with.clone())));
+        older.iter().for_each(|one| self.announce(one, code, &with));
         let mut written = snapshot.write_head(io).await;
-        for one in older {
-            if one.set_broken(broken(with.clone())) {
-                self.announce(&one, code, &with);
-                written = written.and(one.write_head(io).await);
-            }
+        for one in &older {
+            written = written.and(one.write_head(io).await);
         }
         match written {
             Ok(()) if before == 0 => self.control.forget_broken(snapshot.sequence),
