@@ -516,24 +516,29 @@ impl<S: Storage> Disk<S> {
         let before = self.control.note_broken(snapshot.sequence);
         let reason = with_sources(error);
         let broken = |reason: String| Broken { reason, errno: error.errno(), at_ns: now_ns() };
-        if !snapshot.set_broken(broken(reason.clone())) {
+        let with = format!("it needs snapshot '{}', which broke: {reason}", snapshot.name);
+        // Those that look through it first: who finds it broken changes what they need of the live disk without
+        // preserving it, and its slots are soon others'. A reader that has seen either finds its own snapshot broken.
+        let mut older = List::clone(&self.chain.now());
+        older.retain(|one| one.sequence < snapshot.sequence && one.set_broken(broken(with.clone())));
+        let is_first = snapshot.set_broken(broken(reason.clone()));
+        if !is_first && older.is_empty() {
             return;
         }
         let code = if error.is_out_of_space() { "store-full" } else { error.code() };
-        self.announce(snapshot, code, &reason);
+        if is_first {
+            self.announce(snapshot, code, &reason);
+        }
+        older.iter().for_each(|one| self.announce(one, code, &with));
         // Nobody waits for the sake of a broken one.
         self.holds.retry();
-        let with = format!("it needs snapshot '{}', which broke: {reason}", snapshot.name);
-        // All of them before anything is waited for: slots of a broken one are soon others', and they look through it.
-        let mut older = List::clone(&self.chain.now());
-        older.retain(|one| one.sequence < snapshot.sequence && one.set_broken(broken(with.clone())));
-        older.iter().for_each(|one| self.announce(one, code, &with));
-        let mut written = snapshot.write_head(io).await;
+        let mut written = if is_first { snapshot.write_head(io).await } else { Ok(()) };
         for one in &older {
             written = written.and(one.write_head(io).await);
         }
         match written {
-            Ok(()) if before == 0 => self.control.forget_broken(snapshot.sequence),
+            // Of two at a time neither knows that all heads are written.
+            Ok(()) if before == 0 && is_first => self.control.forget_broken(snapshot.sequence),
             Ok(()) => {}
             Err(error) => {
                 log::warn!(

@@ -400,10 +400,11 @@ impl<S: Storage> Now<S> {
         &self.list[self.first..]
     }
 
-    /// Whether nothing of what was live `before` has been preserved since: publication comes before the count, which
-    /// comes before the change that made it necessary.
+    /// Whether what was live `before` was not changed since: publication comes before the count, which comes before
+    /// the change that made it necessary. A broken one is told of before somebody changes without preserving.
     fn is(&self, before: &Self) -> bool {
-        Arc::ptr_eq(&self.list, &before.list) && self.published == before.published
+        let same = Arc::ptr_eq(&self.list, &before.list) && self.published == before.published;
+        same && self.chain().iter().all(|one| one.broken().is_none())
     }
 
     /// Where the bytes of `range` are.
