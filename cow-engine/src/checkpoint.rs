@@ -291,7 +291,7 @@ async fn write_runs<S: Storage>(
         let bytes = ByteRange::new((window.start + 1) * PAGE as u64, (window.end + 1) * PAGE as u64);
         let extents = io.extents(&map, bytes).map_err(Error::io("asking the change map for its holes"))?;
         let mut page = window.start;
-        for extent in extents {
+        for extent in extents.into_iter().map(|extent| extent.within(bytes)) {
             let hole = extent.hole && certain;
             // A page of which part is a hole is none.
             let end = match hole {

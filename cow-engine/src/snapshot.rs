@@ -6,11 +6,11 @@
 //! to preserve ([`crate::preserve`]) and reading ([`crate::view`]).
 
 use std::ops::Range;
-use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
+use std::sync::{Mutex, OnceLock};
 
-use cbt::{Cells, ChangeId, Epoch, Generation, PageIndex};
+use cbt::{ByteRange, Cells, ChangeId, Epoch, Generation, PageIndex};
 use zerocopy::IntoBytes;
 
 use crate::claims::Claims;
@@ -43,6 +43,8 @@ pub struct Snapshot<S: Storage> {
     pub(crate) claims: Claims,
     /// Pages of the change map in which something may have been marked at the instant, once somebody has looked.
     pub(crate) marked_pages: OnceLock<Box<[Range<PageIndex>]>>,
+    /// Part of the image where a reader found data, no holes; empty at first.
+    pub(crate) seen_data: Mutex<ByteRange>,
     /// Grains that readers have released.
     pub(crate) released: Released,
     disk: [u8; 16],
@@ -111,6 +113,7 @@ impl<S: Storage> Snapshot<S> {
             created_ns: header.created_ns,
             claims: Claims::default(),
             marked_pages: OnceLock::new(),
+            seen_data: Mutex::new(ByteRange::new(0, 0)),
             released: Released::new(header.capacity.div_ceil(GRAIN as u64)),
             disk: header.disk,
             newer: AtomicU32::new(header.newer),

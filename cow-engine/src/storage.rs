@@ -48,6 +48,13 @@ pub struct Extent {
     pub hole: bool,
 }
 
+impl Extent {
+    /// The part of it that lies in `range`.
+    pub(crate) fn within(self, range: ByteRange) -> Self {
+        Self { range: self.range.intersect(range), ..self }
+    }
+}
+
 /// Files, transfers and time. One value per thread; files are shared between threads.
 pub trait Storage: Clone + 'static {
     /// An open file or device.
@@ -92,7 +99,8 @@ pub trait Storage: Clone + 'static {
         zeroing: Zeroing,
     ) -> impl Future<Output = io::Result<()>>;
 
-    /// Data and holes of `range`, in order, without gaps; may join or split what it likes.
+    /// Data and holes of `range`, in order, without gaps; may join or split what it likes. The last one may pass the
+    /// end of the range, as far as what follows is known.
     fn extents(&self, file: &Self::File, range: ByteRange) -> io::Result<Vec<Extent>>;
 
     /// Length of the file in bytes.

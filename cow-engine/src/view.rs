@@ -8,9 +8,9 @@
 //! Readers take no lock that a guest's write waits for.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::fence;
+use std::sync::{Arc, PoisonError};
 
 use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Changes, Epoch, PAGE_BYTES, PageIndex};
@@ -178,8 +178,7 @@ impl<S: Storage> View<S> {
     pub fn extents(&self, io: &S, range: ByteRange) -> Result<Vec<Extent>, Error> {
         self.check()?;
         // Asked once for all: a question for each live run would be slow on an image in memory.
-        let live =
-            io.extents(&self.disk.image, range).map_err(Error::io("asking the image for its holes"))?;
+        let live = self.live_extents(io, range)?;
         // Through the chain as it is now: a hole counts only if nothing was preserved from it meanwhile.
         let now = self.now()?;
         let no_zeros = !now.chain().iter().any(|one| one.has_zeros());
@@ -203,6 +202,26 @@ impl<S: Storage> View<S> {
             }
         }
         self.check()?;
+        Ok(extents)
+    }
+
+    /// Data and holes of the image.
+    ///
+    /// To find the end of data in memory, the kernel looks at each of its pages. What was found is kept for later
+    /// questions: data that has become a hole meanwhile was preserved, or may be told of as data.
+    fn live_extents(&self, io: &S, range: ByteRange) -> Result<Vec<Extent>, Error> {
+        let seen = || self.snapshot.seen_data.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen().contains(range) {
+            return Ok(vec![Extent { range, hole: false }]);
+        }
+        let mut extents =
+            io.extents(&self.disk.image, range).map_err(Error::io("asking the image for its holes"))?;
+        if let Some(last) = extents.last_mut() {
+            if !last.hole {
+                *seen() = last.range;
+            }
+            *last = last.within(range);
+        }
         Ok(extents)
     }
 

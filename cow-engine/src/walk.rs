@@ -30,7 +30,8 @@ pub(crate) fn touched<S: Storage>(
 ) -> io::Result<Vec<Range<PageIndex>>> {
     let bytes = |page: PageIndex| (page + CONTROL_PAGES) * PAGE_BYTES as u64;
     let mut runs: Vec<Range<PageIndex>> = Vec::new();
-    for extent in io.extents(map, ByteRange::new(bytes(pages.start), bytes(pages.end)))? {
+    let all = ByteRange::new(bytes(pages.start), bytes(pages.end));
+    for extent in io.extents(map, all)?.into_iter().map(|extent| extent.within(all)) {
         if extent.hole {
             continue;
         }

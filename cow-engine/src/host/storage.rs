@@ -261,35 +261,26 @@ impl Storage for HostStorage {
     }
 
     fn extents(&self, file: &HostFile, range: ByteRange) -> io::Result<Vec<Extent>> {
-        let mut extents = Vec::new();
-        let mut at = range.start();
+        let (mut extents, mut at) = (Vec::new(), range.start());
+        let end_of = |found: rustix::io::Result<u64>, without: u64| match found {
+            Ok(end) => Ok(end),
+            Err(rustix::io::Errno::NXIO) => Ok(range.end()),
+            // A device or file system that knows no holes has data everywhere.
+            Err(rustix::io::Errno::INVAL) => Ok(without),
+            Err(error) => Err(io::Error::from(error)),
+        };
         while at < range.end() {
-            let end_of = |found: rustix::io::Result<u64>| match found {
-                Ok(end) => Ok(end.min(range.end())),
-                Err(rustix::io::Errno::NXIO) => Ok(range.end()),
-                Err(error) => Err(io::Error::from(error)),
-            };
-            let data = match end_of(rustix::fs::seek(&file.file, rustix::fs::SeekFrom::Data(at))) {
-                Ok(data) => data,
-                // A device or file system that knows no holes has data everywhere.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => at,
-                Err(error) => return Err(error),
-            };
+            let data = end_of(rustix::fs::seek(&file.file, rustix::fs::SeekFrom::Data(at)), at)?;
             if data > at {
                 extents.push(Extent { range: ByteRange::new(at, data), hole: true });
             }
             if data >= range.end() {
                 break;
             }
-            let hole = match end_of(rustix::fs::seek(&file.file, rustix::fs::SeekFrom::Hole(data))) {
-                Ok(hole) => hole,
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => range.end(),
-                Err(error) => return Err(error),
-            };
+            let hole = end_of(rustix::fs::seek(&file.file, rustix::fs::SeekFrom::Hole(data)), range.end())?;
             // A writer may have moved the border between the two questions; always advance.
-            let hole = hole.max(data + 1);
-            extents.push(Extent { range: ByteRange::new(data, hole), hole: false });
-            at = hole;
+            at = hole.max(data + 1);
+            extents.push(Extent { range: ByteRange::new(data, at), hole: false });
         }
         Ok(extents)
     }

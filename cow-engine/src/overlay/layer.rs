@@ -186,7 +186,8 @@ impl<S: Storage> Layer<S> {
 
     /// Data and holes of grains that are the overlay's.
     pub(super) fn extents(&self, io: &S, range: ByteRange) -> Result<Vec<crate::Extent>, Error> {
-        io.extents(&self.data, range).map_err(Error::io("asking the overlay for its holes"))
+        let extents = io.extents(&self.data, range).map_err(Error::io("asking the overlay for its holes"))?;
+        Ok(extents.into_iter().map(|extent| extent.within(range)).collect())
     }
 
     /// Makes every change that was answered before this durable: data, then the cells that point to it.

@@ -240,12 +240,14 @@ impl Storage for SimStorage {
     fn extents(&self, file: &SimFile, range: ByteRange) -> io::Result<Vec<Extent>> {
         let mut world = self.world.borrow_mut();
         let file = world.file(file.id);
-        let mut extents = Vec::new();
-        let mut at = range.start();
+        let (mut extents, mut at) = (Vec::<Extent>::new(), range.start());
         while at < range.end() {
-            let end = ((at / PAGE as u64 + 1) * PAGE as u64).min(range.end());
-            extents.push(Extent { range: ByteRange::new(at, end), hole: file.is_hole(at) });
-            at = end;
+            let (hole, start) = (file.is_hole(at), at);
+            // As far as it is the same, as of a file system.
+            while file.is_hole(at) == hole && at < range.end().max(file.len) {
+                at = (at / PAGE as u64 + 1) * PAGE as u64;
+            }
+            extents.push(Extent { range: ByteRange::new(start, at), hole });
         }
         Ok(extents)
     }

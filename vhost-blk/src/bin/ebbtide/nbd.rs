@@ -25,6 +25,9 @@ use crate::catalog::{Catalog, Offer};
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections at a time; nbdcopy opens four.
 const MAX_CONNECTIONS: usize = 128;
+/// Replies that a client of the host has not taken yet: several whole ones, so that it is not woken, nor the
+/// sender, for each part of one. A socket's usual 208 KiB is less than one reply.
+const SEND_BUFFER_BYTES: usize = 1 << 20;
 /// Submissions of a connection between two system calls: its requests, and a read of its socket.
 const RING_ENTRIES: u32 = 64;
 
@@ -59,7 +62,12 @@ impl NbdServer {
     /// Accepts clients on a socket of the host.
     pub(crate) fn listen_unix(&mut self, listener: UnixListener) -> io::Result<()> {
         let handle = OwnedFd::from(listener.try_clone()?);
-        self.listen(handle, move || listener.accept().map(|(socket, _)| Socket::Unix(socket)))
+        self.listen(handle, move || {
+            let (socket, _) = listener.accept()?;
+            // What the system grants of it will do.
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES);
+            Ok(Socket::Unix(socket))
+        })
     }
 
     /// Accepts clients on a TCP port.
