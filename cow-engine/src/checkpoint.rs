@@ -6,7 +6,6 @@
 //! its runs tell everything, for as long as the file is there, whatever becomes of snapshots and generations.
 //!
 //! ```text
-//! the map durable                    (then its holes are what was never marked)
 //! runs and heads of every disk       (heads say "prepared"; read from the snapshots' frozen pages)
 //! flush the files, then their names
 //! heads say "active", flushed        (one disk after the other)
@@ -20,8 +19,8 @@
 //! *Complete as the older end*: its snapshot's creation reserved the next epoch durably and flushed the image
 //! before it was answered, so every change after the instant is marked in a later epoch, by a mark or by the
 //! intent log, for as long as the generation goes on. *Complete as the younger end*: a page of the map is read
-//! as [`View`] reads it, frozen or not marked since; and a hole of the map's file, after a flush that
-//! began after the instant, was never marked by then: cells only grow.
+//! as [`View`] reads it, frozen or not marked since; and a page that is not noted as marked ([`crate::marked`])
+//! was not by then.
 //!
 //! When a generation ends, heads of its checkpoints say why. They stay until they are deleted: between two
 //! of them changes can be told as before, only not up to now.
@@ -45,7 +44,7 @@ pub(crate) use head::tests::compare as compare_format;
 
 use crate::disk::{Disk, with_sources};
 use crate::error::Error;
-use crate::format::{MAP_FILE, PAGE};
+use crate::format::PAGE;
 use crate::group::{Admin, check_name};
 use crate::memory::{Source, Target};
 use crate::storage::{Durability, Storage};
@@ -59,8 +58,6 @@ use runs::{Collector, Encoder};
 
 /// Bytes of runs that are written or read together.
 const AT_ONCE: usize = 256 << 10;
-/// Pages of the map whose holes are asked for together: memory for the answer is bounded by that.
-const WINDOW: u64 = 1 << 16;
 
 /// An instant of one disk that has a name. See the module.
 ///
@@ -274,47 +271,23 @@ async fn write_runs<S: Storage>(
     head: &CheckpointHead,
 ) -> Result<u64, Error> {
     let (disk, blocks) = (view.disk(), head.blocks());
-    // Durable first: what a file system tells of holes is certain then. The instant is in the past, so
-    // everything that was marked by then is on the medium.
-    disk.sync_map(io, &disk.map_cells()).await?;
-    // But for what an earlier flush could not write.
-    let certain = !disk.control.map_in_doubt(&disk.boot());
-    let map = io.open(&disk.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
     let (mut encoder, tracker) = (Encoder::new(head.id), view.tracked()?);
+    disk.look_for_marks_in(io, &tracker).await;
     let mut cells = Box::new([0; PAGE_BYTES]);
-    let pages = blocks.div_ceil(CELLS_PER_PAGE as u64);
-    let mut next = 0;
-    while next < pages {
-        let window = next..pages.min(next + WINDOW);
-        next = window.end;
-        // The control page comes first.
-        let bytes = ByteRange::new((window.start + 1) * PAGE as u64, (window.end + 1) * PAGE as u64);
-        let extents = io.extents(&map, bytes).map_err(Error::io("asking the change map for its holes"))?;
-        let mut page = window.start;
-        for extent in extents.into_iter().map(|extent| extent.within(bytes)) {
-            let hole = extent.hole && certain;
-            // A page of which part is a hole is none.
-            let end = match hole {
-                true => extent.range.end() / PAGE as u64 - 1,
-                false => extent.range.end().div_ceil(PAGE as u64) - 1,
-            };
-            if hole && page < end {
-                let blocks = (end * CELLS_PER_PAGE as u64).min(blocks) - page * CELLS_PER_PAGE as u64;
-                encoder.push(blocks, Epoch::NEVER);
-                page = end;
-            }
-            while page < end {
-                view.read_map_page(io, &tracker, page, &mut cells).await?;
-                let here = (blocks - page * CELLS_PER_PAGE as u64).min(CELLS_PER_PAGE as u64);
-                encoder.push_cells(&cells, usize::try_from(here).unwrap_or(CELLS_PER_PAGE));
-                page += 1;
-                if encoder.ready() >= AT_ONCE {
-                    write_ready(io, file, &mut encoder).await?;
-                }
+    let mut told = 0;
+    for run in tracker.marked().runs(0..blocks.div_ceil(CELLS_PER_PAGE as u64)) {
+        encoder.push(run.start * CELLS_PER_PAGE as u64 - told, Epoch::NEVER);
+        for page in run {
+            view.read_map_page(io, &tracker, page, &mut cells).await?;
+            let first = page * CELLS_PER_PAGE as u64;
+            told = blocks.min(first + CELLS_PER_PAGE as u64);
+            encoder.push_cells(&cells, usize::try_from(told - first).unwrap_or(CELLS_PER_PAGE));
+            if encoder.ready() >= AT_ONCE {
+                write_ready(io, file, &mut encoder).await?;
             }
         }
-        debug_assert_eq!(page, window.end);
     }
+    encoder.push(blocks - told, Epoch::NEVER);
     let pages = encoder.finish();
     write_ready(io, file, &mut encoder).await?;
     // What was read counts only if the snapshot is still held and whole.

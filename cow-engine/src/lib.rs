@@ -31,6 +31,7 @@ pub mod inspect;
 mod intent;
 mod known;
 mod mark;
+mod marked;
 #[allow(unsafe_code)]
 pub mod memory;
 mod merge;

@@ -11,17 +11,13 @@ use cbt::{BlockGrid, CELLS_PER_PAGE, Epoch, PAGE_BYTES};
 
 use crate::disk::Disk;
 use crate::error::Error;
-use crate::format::MAP_FILE;
 use crate::storage::Storage;
-use crate::walk;
 
 /// Newest epochs that are told apart.
 pub const RECENT: usize = 8;
 
 /// Pages of the map that are read, spread evenly: those of 1 TiB with blocks of 64 KiB.
 const LOOKS: u64 = 16_384;
-/// Runs of pages that are asked for one by one; what follows them counts as one run.
-const RUNS: usize = 16_384;
 
 /// A summary; see the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,24 +74,24 @@ impl<S: Storage> Disk<S> {
     /// instant after which anything changed.
     ///
     /// # Errors
-    /// [`Error::NotTracked`]; those of the map's file.
-    pub fn picture(&self, io: &S, cells: u64, since: Option<Epoch>) -> Result<Picture, Error> {
+    /// [`Error::NotTracked`].
+    pub async fn picture(&self, io: &S, cells: u64, since: Option<Epoch>) -> Result<Picture, Error> {
         let untracked = || Error::NotTracked { disk: self.name().to_owned() };
         // First: whatever tracker is in use later covers it.
         let capacity = self.capacity();
         let tracker = self.marking().ok_or_else(untracked)?.load_full();
-        let map = io.open(&self.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
+        self.look_for_marks_in(io, &tracker).await;
         let (grid, epoch) = (tracker.grid(), self.history.epoch());
         let blocks = grid.count(capacity);
         let cell_blocks = blocks.div_ceil(cells.max(1)).max(1);
         let pages = blocks.div_ceil(CELLS_PER_PAGE as u64);
-        let (runs, all_asked) = self.touched_runs(io, &map, pages)?;
-        let touched: u64 = runs.iter().map(|run| run.end - run.start).sum();
+        let runs = || tracker.marked().runs(0..pages);
+        let touched: u64 = runs().map(|run| run.end - run.start).sum();
         let step = touched.div_ceil(LOOKS).max(1);
         let mut tallies = vec![Tally::default(); usize::try_from(blocks.div_ceil(cell_blocks)).unwrap_or(0)];
         let look = Look { epoch, since: since.unwrap_or(Epoch::LAST), cell_blocks, blocks };
         let mut content = Box::new([0; PAGE_BYTES]);
-        for (nth, page) in (0..).zip(runs.into_iter().flatten()) {
+        for (nth, page) in (0..).zip(runs().flatten()) {
             let cell = usize::try_from(page * CELLS_PER_PAGE as u64 / cell_blocks).unwrap_or(usize::MAX);
             let first_of_cell = tallies[cell].pages == 0;
             tallies[cell].pages += 1;
@@ -120,32 +116,9 @@ impl<S: Storage> Disk<S> {
                 cell
             })
             .collect();
-        let exact = step == 1 && all_asked;
+        let exact = step == 1;
         let cells = tallies.len() as u64;
         Ok(Picture { capacity, grid, epoch, since: counted, cells, cell_blocks, changed, exact })
-    }
-
-    /// Runs of pages that may hold marks; whether all were asked for.
-    fn touched_runs(
-        &self,
-        io: &S,
-        map: &S::File,
-        pages: u64,
-    ) -> Result<(Vec<std::ops::Range<u64>>, bool), Error> {
-        if self.control.map_in_doubt(&self.boot()) {
-            // What a flush could not write may pass for a hole ever after.
-            return Ok((std::iter::once(0..pages).collect(), true));
-        }
-        let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
-        for part in walk::strides(pages) {
-            if runs.len() >= RUNS {
-                runs.push(part.start..pages);
-                return Ok((runs, false));
-            }
-            let found = walk::touched(io, map, part);
-            runs.extend(found.map_err(Error::io("looking for holes of the change map"))?);
-        }
-        Ok((runs, true))
     }
 }
 

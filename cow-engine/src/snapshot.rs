@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
 use std::sync::{Mutex, OnceLock};
 
-use cbt::{ByteRange, Cells, ChangeId, Epoch, Generation, PageIndex};
+use cbt::{ByteRange, Cells, ChangeId, Epoch, Generation};
 use zerocopy::IntoBytes;
 
 use crate::claims::Claims;
@@ -41,8 +41,6 @@ pub struct Snapshot<S: Storage> {
     pub(crate) created_ns: u64,
     /// Runs of keys that someone is preserving, or releasing.
     pub(crate) claims: Claims,
-    /// Pages of the change map in which something may have been marked at the instant, once somebody has looked.
-    pub(crate) marked_pages: OnceLock<Box<[Range<PageIndex>]>>,
     /// Part of the image where a reader found data, no holes; empty at first.
     pub(crate) seen_data: Mutex<ByteRange>,
     /// Grains that readers have released.
@@ -112,7 +110,6 @@ impl<S: Storage> Snapshot<S> {
             capacity: header.capacity,
             created_ns: header.created_ns,
             claims: Claims::default(),
-            marked_pages: OnceLock::new(),
             seen_data: Mutex::new(ByteRange::new(0, 0)),
             released: Released::new(header.capacity.div_ceil(GRAIN as u64)),
             disk: header.disk,

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Cells, Epoch, Generation, Map, PAGE_BYTES, PageIndex};
 
 use crate::format::checksum;
+use crate::marked::Marked;
 
 /// What tells one image from another, and whether it was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,6 +176,7 @@ pub(crate) struct Tracker<C> {
     map: Map<MapCells<C>>,
     /// For each page of the map the epoch in which it may be marked.
     opened: Box<[AtomicU32]>,
+    marked: Marked,
 }
 
 impl<C: Cells> Tracker<C> {
@@ -186,7 +188,8 @@ impl<C: Cells> Tracker<C> {
     pub(crate) fn new(cells: Arc<C>, grid: BlockGrid, capacity: u64) -> Self {
         let map = Map::new(MapCells(cells), grid, capacity);
         let opened = (0..map.pages()).map(|_| AtomicU32::new(0)).collect();
-        Self { map, opened }
+        let marked = Marked::new(map.pages());
+        Self { map, opened, marked }
     }
 
     /// The same history for a disk that has grown to `capacity` bytes, over a mapping of the same file that
@@ -237,7 +240,14 @@ impl<C: Cells> Tracker<C> {
     }
 
     pub(crate) fn mark(&self, range: ByteRange, epoch: Epoch) {
+        // First: who finds the mark finds its page.
+        self.marked.note(self.pages_of(range));
         self.map.mark(range, epoch);
+    }
+
+    /// The pages that may hold marks.
+    pub(crate) fn marked(&self) -> &Marked {
+        &self.marked
     }
 
     pub(crate) fn copy_page(&self, page: PageIndex, out: &mut [u8; PAGE_BYTES]) {

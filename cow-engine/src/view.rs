@@ -13,27 +13,23 @@ use std::sync::atomic::fence;
 use std::sync::{Arc, PoisonError};
 
 use arc_swap::ArcSwap;
-use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Changes, Epoch, PAGE_BYTES, PageIndex};
+use cbt::{BlockGrid, ByteRange, Changes, Epoch, PAGE_BYTES};
 
 use crate::chain::{self, Place};
 use crate::disk::Disk;
 use crate::error::Error;
-use crate::format::{GRAIN, MAP_FILE, SnapshotState};
+use crate::format::{GRAIN, SnapshotState};
 use crate::index::{Key, Slot};
 use crate::memory::{AlignedBuf, Target};
 use crate::snapshot::Snapshot;
 use crate::storage::{Extent, Storage};
 use crate::tracker::Tracker;
-use crate::walk;
 
 /// Preserved bytes between live ones that are not read along with these.
 const GAP: u64 = 8 * GRAIN as u64;
 
 /// Parts in slots that are read at once, so that memory is bounded: a MiB, where they are gaps.
 const TOGETHER: usize = 32;
-
-/// Runs of the change map's pages that are told apart; what follows them is read as a whole. A MiB.
-const MOST_RUNS: usize = 1 << 16;
 
 /// The readable image of a snapshot.
 pub struct View<S: Storage> {
@@ -249,7 +245,8 @@ impl<S: Storage> View<S> {
         let mut changes = Changes::new(tracker.grid(), self.capacity(), since);
         let mut cells = Box::new([0; PAGE_BYTES]);
         let mut full = false;
-        for page in self.marked_pages(io, tracker.pages_of(range)).await.into_iter().flatten() {
+        self.disk.look_for_marks_in(io, &tracker).await;
+        for page in tracker.marked().runs(tracker.pages_of(range)).flatten() {
             self.read_map_page(io, &tracker, page, &mut cells).await?;
             changes.page(page, &cells, |changed| full |= keep(changed) >= limit);
             if full {
@@ -264,50 +261,6 @@ impl<S: Storage> View<S> {
         self.check()?;
         found.truncate(limit);
         Ok(found)
-    }
-
-    /// Runs of pages, within `pages` of the change map, in which something may have been marked at the instant.
-    ///
-    /// Looked for once, and kept: what is marked later is not asked for.
-    async fn marked_pages(&self, io: &S, pages: Range<PageIndex>) -> Vec<Range<PageIndex>> {
-        let kept = &self.snapshot.marked_pages;
-        if kept.get().is_none() {
-            match self.look_for_marks(io).await {
-                Some(found) => drop(kept.set(found.into())),
-                None => return vec![pages],
-            }
-        }
-        let all = kept.get().map_or(&[][..], |all| all);
-        let first = all.partition_point(|run| run.end <= pages.start);
-        all[first..]
-            .iter()
-            .take_while(|run| run.start < pages.end)
-            .map(|run| run.start.max(pages.start)..run.end.min(pages.end))
-            .collect()
-    }
-
-    /// All pages that are no holes of the map's file; `None` if that cannot be said.
-    ///
-    /// The map is flushed first: there are file systems that take what was stored through a mapping, and is not
-    /// written yet, for a hole. What counts was marked before the instant, and so before the flush.
-    async fn look_for_marks(&self, io: &S) -> Option<Vec<Range<PageIndex>>> {
-        let (disk, grid) = (&self.disk, self.tracked().ok()?.grid());
-        disk.sync_map(io, &disk.map_cells()).await.ok()?;
-        if disk.control.map_in_doubt(&disk.boot()) {
-            // What a flush could not write may pass for a hole ever after.
-            return None;
-        }
-        let map = io.open(&disk.dir, MAP_FILE).ok()?;
-        let pages = grid.count(self.capacity()).div_ceil(CELLS_PER_PAGE as u64);
-        let mut runs = Vec::new();
-        for part in walk::strides(pages) {
-            if runs.len() >= MOST_RUNS {
-                runs.push(part.start..pages);
-                break;
-            }
-            runs.extend(walk::touched(io, &map, part).ok()?);
-        }
-        Some(runs)
     }
 
     /// The grid in which changes are told.

@@ -107,6 +107,9 @@ fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
             return;
         }
     };
+    for served in disks {
+        executor.block_on(served.disk.look_for_marks(&executor.storage()));
+    }
     let mut checked = Instant::now();
     let mut measured = Instant::now();
     let mut cooled = Instant::now();

@@ -198,7 +198,7 @@ fn place_of(file: &Path) -> anyhow::Result<(HostDir, String)> {
 pub(crate) fn change_map(disk: &Disk<HostStorage>, wanted: QueryChangeMap) -> Answer<ChangeMap> {
     let epoch_of = |text: &str| disk.instant(text).and_then(|id| disk.resolve(id, disk.change_id()));
     let since = wanted.since.as_deref().map(epoch_of).transpose().map_err(explain)?;
-    let picture = on_ring(async |io| disk.picture(&io, wanted.cells.get(), since))?;
+    let picture = on_ring(async |io| disk.picture(&io, wanted.cells.get(), since).await)?;
     let generation = disk.change_id().generation;
     let id = |epoch: Epoch| ChangeId { generation, epoch }.to_string();
     let held = disk.snapshots();
