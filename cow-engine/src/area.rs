@@ -127,8 +127,13 @@ impl<S: Storage> Area<S> {
         io.read(&self.file, self.at(first) + skip, Target::of(out)).await
     }
 
-    pub(crate) fn write_behind(&self, io: &S) -> std::io::Result<Backlog> {
-        self.behind.step(io, &self.file)
+    /// Bytes of it that are in the host's page cache.
+    pub(crate) fn cached(&self) -> u64 {
+        self.behind.cached()
+    }
+
+    pub(crate) fn write_behind(&self, io: &S, kept: u64) -> std::io::Result<Backlog> {
+        self.behind.step(io, &self.file, kept)
     }
 
     pub(crate) fn ease(&self, io: &S) -> std::io::Result<bool> {

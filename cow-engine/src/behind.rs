@@ -13,18 +13,20 @@ use cbt::ByteRange;
 
 use crate::storage::Storage;
 
-/// Bytes that stay in the cache: a snapshot that is gone before has cost no transfer to the medium.
-const KEPT: u64 = 512 << 20;
-
-/// Bytes in the cache that are too many: guests wait for the medium then rather than the host for its memory.
-const TOO_MANY: u64 = 768 << 20;
-
 /// Bytes on their way to the medium at a time when there are too many. A guest's request may come behind all of
 /// them.
 const UNDER_WAY: u64 = 8 << 20;
 
 /// Bytes that one step waits for.
 const STEP: u64 = 1 << 20;
+
+/// How many of its bytes one of `count` may leave in the cache, if `all` have together so many and may have `kept`: what
+/// is too much goes from those that have more than an even part.
+///
+/// What stays is worth it: a snapshot that is gone before has cost no transfer to the medium.
+pub fn cache_share(kept: u64, all: u64, own: u64, count: usize) -> u64 {
+    own.saturating_sub(all.saturating_sub(kept)).max(kept / count.max(1) as u64)
+}
 
 /// What is left to be written back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,28 +62,36 @@ impl Behind {
         lock(&self.written).push(range);
     }
 
-    /// Does a bounded part of what is due, and may wait for the medium; what is left then.
+    /// Bytes in the cache, as far as anyone here knows.
+    pub(crate) fn cached(&self) -> u64 {
+        lock(&self.written).bytes + lock(&self.clean).bytes
+    }
+
+    /// Does a bounded part of what is due if `kept` bytes may stay, and may wait for the medium; what is left then.
     ///
     /// # Errors
     /// Those of the medium: what was written is lost, and no later flush will say so.
-    pub(crate) fn step<S: Storage>(&self, io: &S, file: &S::File) -> io::Result<Backlog> {
+    pub(crate) fn step<S: Storage>(&self, io: &S, file: &S::File, kept: u64) -> io::Result<Backlog> {
         let written = lock(&self.written).bytes;
-        let clean = lock(&self.clean).pop_above(KEPT.saturating_sub(written), STEP);
+        let clean = lock(&self.clean).pop_above(kept.saturating_sub(written), STEP);
         if let Some(run) = clean {
             io.drop_behind(file, run)?;
-            return Ok(Backlog::of(written).max(Backlog::Some));
+            return Ok(Backlog::of(written, kept).max(Backlog::Some));
         }
         // One that has time is waited for alone: behind it a guest's request waits least.
-        let under_way = if written > TOO_MANY { UNDER_WAY } else { STEP };
+        let under_way = match Backlog::of(written, kept) {
+            Backlog::TooMuch => UNDER_WAY,
+            Backlog::Nothing | Backlog::Some => STEP,
+        };
         while lock(&self.begun).bytes < under_way
-            && let Some(run) = lock(&self.written).pop_above(KEPT, STEP)
+            && let Some(run) = lock(&self.written).pop_above(kept, STEP)
         {
             io.write_behind(file, run)?;
             lock(&self.begun).push(run);
         }
         let Some(due) = lock(&self.begun).pop_above(0, STEP) else { return Ok(Backlog::Nothing) };
         io.drop_behind(file, due)?;
-        Ok(Backlog::of(lock(&self.written).bytes).max(Backlog::Some))
+        Ok(Backlog::of(lock(&self.written).bytes, kept).max(Backlog::Some))
     }
 
     /// Writes a little back that is not due yet, and waits for that; whether there was something. A flush that
@@ -100,11 +110,14 @@ impl Behind {
 }
 
 impl Backlog {
-    fn of(written: u64) -> Self {
-        match written {
-            TOO_MANY.. => Self::TooMuch,
-            KEPT.. => Self::Some,
-            _ => Self::Nothing,
+    /// Half as much again as may stay is too much: guests wait for the medium then rather than the host for its memory.
+    fn of(written: u64, kept: u64) -> Self {
+        if written > kept.saturating_add(kept / 2) {
+            Self::TooMuch
+        } else if written > kept {
+            Self::Some
+        } else {
+            Self::Nothing
         }
     }
 }
@@ -140,6 +153,17 @@ fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_has_more_than_an_even_part_gives_way() {
+        assert_eq!(cache_share(1000, 900, 900, 1), 1000);
+        assert_eq!(cache_share(1000, 1200, 1200, 1), 1000);
+        // Idle ones leave their parts to one that is busy.
+        assert_eq!(cache_share(1000, 900, 900, 10), 900);
+        assert_eq!(cache_share(1000, 1200, 1100, 10), 900);
+        assert_eq!(cache_share(1000, 1200, 60, 10), 100);
+        assert_eq!(cache_share(1000, 2000, 1000, 2), 500);
+    }
 
     #[test]
     fn the_oldest_goes_first_and_what_is_kept_stays() {

@@ -575,10 +575,15 @@ impl<S: Storage> Disk<S> {
         }
     }
 
-    /// Keeps the page cache that the store takes within bounds: some of what was written long ago leaves it.
-    /// Answers what is left. Blocks the thread; what is lost on the way breaks the snapshots.
-    pub async fn write_behind(&self, io: &S) -> Backlog {
-        let done = self.store.write_behind(io);
+    /// Bytes of the host's page cache that the store takes, as far as it was written since the disk was opened.
+    pub fn cached_bytes(&self) -> u64 {
+        self.store.cached()
+    }
+
+    /// Keeps the page cache that the store takes within bounds: some of what was written long ago leaves it, if it is
+    /// more than `kept` bytes. Answers what is left. Blocks the thread; what is lost on the way breaks the snapshots.
+    pub async fn write_behind(&self, io: &S, kept: u64) -> Backlog {
+        let done = self.store.write_behind(io, kept);
         self.or_break(io, done).await.unwrap_or(Backlog::Nothing)
     }
 

@@ -64,7 +64,7 @@ pub use cbt;
 
 pub use areas::{AreaKind, AreaSpec, OpenedArea};
 pub use away::Meanwhile;
-pub use behind::Backlog;
+pub use behind::{Backlog, cache_share};
 pub use checkpoint::{Checkpoint, Past, Until};
 pub use disk::{Disk, Event, EventSink};
 pub use error::Error;

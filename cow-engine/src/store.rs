@@ -19,7 +19,7 @@ use arc_swap::ArcSwap;
 
 use crate::area::Area;
 use crate::areas::{AreaKind, Entry};
-use crate::behind::Backlog;
+use crate::behind::{self, Backlog};
 use crate::error::Error;
 use crate::format::GRAIN;
 use crate::storage::Storage;
@@ -270,12 +270,20 @@ impl<S: Storage> Store<S> {
         self.areas.load().iter().for_each(|area| area.full.store(false, SeqCst));
     }
 
-    /// Takes some of what was written long ago out of the host's page cache; what is left then.
-    /// Blocks the thread.
-    pub(crate) fn write_behind(&self, io: &S) -> Result<Backlog, Error> {
+    /// Bytes of it that are in the host's page cache.
+    pub(crate) fn cached(&self) -> u64 {
+        self.areas().iter().map(|area| area.cached()).sum()
+    }
+
+    /// Takes some of what was written long ago out of the host's page cache, if there is more than `kept` bytes; what
+    /// is left then. Blocks the thread.
+    pub(crate) fn write_behind(&self, io: &S, kept: u64) -> Result<Backlog, Error> {
+        let (areas, all) = (self.areas(), self.cached());
         let mut left = Backlog::Nothing;
-        for area in self.areas().iter() {
-            left = left.max(area.write_behind(io).map_err(Error::io("writing back the difference store"))?);
+        for area in areas.iter() {
+            let share = behind::cache_share(kept, all, area.cached(), areas.len());
+            let more = area.write_behind(io, share);
+            left = left.max(more.map_err(Error::io("writing back the difference store"))?);
         }
         Ok(left)
     }

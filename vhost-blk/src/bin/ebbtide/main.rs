@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod args;
+mod cache;
 mod catalog;
 mod checkpoints;
 mod cli;

@@ -13,6 +13,7 @@ use cow_engine::Backlog;
 use cow_engine::group::Admin;
 use cow_engine::host::Executor;
 
+use crate::cache;
 use crate::serve::Served;
 
 /// How often to look without being told that there is something to do.
@@ -110,6 +111,7 @@ fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
     for served in disks {
         executor.block_on(served.disk.look_for_marks(&executor.storage()));
     }
+    let cache = cache::bytes_for_stores();
     let mut checked = Instant::now();
     let mut measured = Instant::now();
     let mut cooled = Instant::now();
@@ -120,7 +122,7 @@ fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
             if maintain(upkeep, &executor, served) {
                 pause = Duration::ZERO;
             }
-            if write_behind(upkeep, &executor, served) {
+            if write_behind(upkeep, &executor, disks, served, cache) {
                 pause = Duration::ZERO;
             }
         }
@@ -162,12 +164,15 @@ fn ease(upkeep: &Upkeep, executor: &Executor, disks: &[Served]) -> bool {
     !upkeep.told().end
 }
 
-/// Keeps what the stores of a disk take of the host's memory within bounds; whether more is due.
-fn write_behind(upkeep: &Upkeep, executor: &Executor, served: &Served) -> bool {
+/// Keeps what the stores of a disk take of the host's memory within bounds, which are `cache` bytes for all of them;
+/// whether more is due.
+fn write_behind(upkeep: &Upkeep, executor: &Executor, disks: &[Served], served: &Served, cache: u64) -> bool {
     let turn = Instant::now();
     while turn.elapsed() < EASING && !upkeep.told().end {
         let began = Instant::now();
-        match executor.block_on(served.disk.write_behind(&executor.storage())) {
+        let all = disks.iter().map(|one| one.disk.cached_bytes()).sum();
+        let kept = cow_engine::cache_share(cache, all, served.disk.cached_bytes(), disks.len());
+        match executor.block_on(served.disk.write_behind(&executor.storage(), kept)) {
             Backlog::Nothing => return false,
             Backlog::Some => std::thread::sleep(3 * began.elapsed()),
             Backlog::TooMuch => {}
