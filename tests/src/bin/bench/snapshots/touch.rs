@@ -143,6 +143,13 @@ fn judge(load: Load, medium: Medium, rates: &Rates, results: &mut Results) {
     if load == Load::Sequential {
         ratio("first touch ÷ qsd's", Some(Goal::AtLeast(1.3)), ours(FIRST), theirs(FIRST));
         ratio("first touch ÷ own without a snapshot", None, ours(FIRST), ours(NONE));
+        ratio("first touch ÷ a read and a write", None, ours(FIRST), both(ours(READS), ours(NONE)));
+        ratio(
+            "first touch ÷ a read and a write, qsd",
+            None,
+            theirs(FIRST),
+            both(theirs(READS), theirs(NONE)),
+        );
         return;
     }
     // In memory a copy costs about what the write itself costs; on a disk the write takes longer.
@@ -200,15 +207,15 @@ fn random(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches>
 fn sequential(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches> {
     let mut subject = Subject::start(bench, setup)?;
     let requests = options.size_bytes() / LARGE_BYTES;
-    let once = |subject: &Subject<'_>| {
+    let once = |subject: &Subject<'_>, mix: &str| {
         subject.load(|load| {
-            load.args(["--mix", "write", "--depth", "4", "--pattern", "sequential"]);
+            load.args(["--mix", mix, "--depth", "4", "--pattern", "sequential"]);
             load.args(["--block-size", &LARGE_BYTES.to_string(), "--requests", &requests.to_string()]);
         })
     };
-    let mut touches = vec![(NONE, once(&subject)?)];
+    let mut touches = vec![(NONE, once(&subject, "write")?), (READS, once(&subject, "read")?)];
     subject.take()?;
-    touches.push((FIRST, once(&subject)?));
+    touches.push((FIRST, once(&subject, "write")?));
     subject.expect_preserved(requests * LARGE_BYTES)?;
     subject.stop()?;
     Ok(touches)
