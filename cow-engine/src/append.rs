@@ -2,7 +2,8 @@
 //!
 //! The first task that has something to append leads: it lets the other tasks of its queue that are
 //! ready come forward, then writes the content of all as one run of slots, their records as one run of
-//! records, publishes every key, and tells them.
+//! records, publishes every key, and tells them. Once a batch is [`FULL`] the next task leads another one: what is
+//! appended first can be overwritten while the rest is.
 //!
 //! Invariant: a key is published only after its content and its record are in their files, where they
 //! outlive this process; the change that made it necessary comes after that.
@@ -31,6 +32,9 @@ use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 use crate::store::Store;
 
+/// Bytes with which a batch takes no more.
+const FULL: usize = 256 << 10;
+
 /// Whole grains of old content of a snapshot, for the keys from `first` on, which are claimed.
 pub(crate) struct Item<S: Storage> {
     pub(crate) snapshot: Arc<Snapshot<S>>,
@@ -47,6 +51,12 @@ struct State<S: Storage> {
     items: Vec<Item<S>>,
     waiting: Vec<Waker>,
     outcome: Option<Result<(), Failure>>,
+}
+
+/// What a task is in a batch.
+enum Part<S: Storage> {
+    Leads(Arc<Batch<S>>),
+    Joins(Arc<Batch<S>>),
 }
 
 /// An error that several are told.
@@ -87,8 +97,9 @@ impl<S: Storage> Appender<S> {
         lane: Lane,
         item: Item<S>,
     ) -> Result<(), Error> {
-        let Some(batch) = self.join(lane, item) else {
-            return self.lead(io, disk, lane).await;
+        let batch = match self.join(lane, item) {
+            Part::Leads(batch) => return self.lead(io, disk, lane, &batch).await,
+            Part::Joins(batch) => batch,
         };
         poll_fn(|cx| {
             let mut state = batch.lock();
@@ -103,23 +114,25 @@ impl<S: Storage> Appender<S> {
         .await
     }
 
-    /// Joins the batch that is forming, or begins one; `None` if the caller leads it.
-    fn join(&self, lane: Lane, item: Item<S>) -> Option<Arc<Batch<S>>> {
+    /// Joins the batch that is forming, if it has room, or begins one.
+    fn join(&self, lane: Lane, item: Item<S>) -> Part<S> {
         let mut forming = self.forming(lane);
         if let Some(batch) = &*forming {
-            batch.lock().items.push(item);
-            return Some(batch.clone());
+            let mut state = batch.lock();
+            if state.items.iter().map(|item| item.old.len()).sum::<usize>() < FULL {
+                state.items.push(item);
+                return Part::Joins(batch.clone());
+            }
         }
         let state = State { items: vec![item], waiting: Vec::new(), outcome: None };
-        *forming = Some(Arc::new(Batch { state: Mutex::new(state) }));
-        None
+        Part::Leads(forming.insert(Arc::new(Batch { state: Mutex::new(state) })).clone())
     }
 
     fn forming(&self, lane: Lane) -> MutexGuard<'_, Forming<S>> {
         self.forming[lane.index()].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn lead(&self, io: &S, disk: &Disk<S>, lane: Lane) -> Result<(), Error> {
+    async fn lead(&self, io: &S, disk: &Disk<S>, lane: Lane, batch: &Arc<Batch<S>>) -> Result<(), Error> {
         // Whoever is ready now has read its old content in the same wake-up.
         let mut turns = 0;
         poll_fn(|cx| {
@@ -131,8 +144,8 @@ impl<S: Storage> Appender<S> {
             Poll::Pending
         })
         .await;
-        let batch = self.forming(lane).take();
-        let Some(batch) = batch else { unreachable!("only its leader closes a batch") };
+        // It is not the one that is forming any more if it is full and there is a next one.
+        self.forming(lane).take_if(|forming| Arc::ptr_eq(forming, batch));
         let items = std::mem::take(&mut batch.lock().items);
         let result = self.write(io, disk, &items).await;
         let outcome = result.as_ref().map(|&()| ()).map_err(Failure::of);

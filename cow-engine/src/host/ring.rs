@@ -62,6 +62,10 @@ impl Ops {
 /// costs an exit of a virtual machine; more, and it waits while they are prepared.
 const TOGETHER: usize = 8;
 
+/// Bytes of operations that are not kept waiting for others: a device is busy with them for longer than it takes to
+/// be told.
+const LARGE: usize = 128 << 10;
+
 /// Completions of cancel requests: nobody waits for them.
 const CANCEL: u64 = u64::MAX;
 
@@ -71,6 +75,8 @@ pub(super) struct Ring {
     ops: RefCell<Ops>,
     /// Operations in flight, those that wait for their submission included.
     in_flight: Cell<usize>,
+    /// Bytes of operations that wait for their submission, at most.
+    queued_bytes: Cell<usize>,
 }
 
 impl Ring {
@@ -88,11 +94,13 @@ impl Ring {
             uring: RefCell::new(uring),
             ops: RefCell::new(Ops { states: Vec::new(), free: None }),
             in_flight: Cell::new(0),
+            queued_bytes: Cell::new(0),
         })
     }
 
     /// Submits what is queued and waits until at least one operation has ended or fired.
     pub(super) fn wait(&self) -> io::Result<()> {
+        self.queued_bytes.set(0);
         loop {
             match self.uring.borrow().submit_and_wait(1) {
                 Ok(_) => break,
@@ -164,10 +172,13 @@ impl Ring {
     }
 
     /// Submits what is queued, unless it is little: then it goes with the next ones, or with the next wait.
-    fn submit_soon(&self) -> io::Result<()> {
-        if self.uring.borrow_mut().submission().len() < TOGETHER {
+    fn submit_soon(&self, bytes: usize) -> io::Result<()> {
+        let queued = self.queued_bytes.get().saturating_add(bytes);
+        if self.uring.borrow_mut().submission().len() < TOGETHER && queued < LARGE {
+            self.queued_bytes.set(queued);
             return Ok(());
         }
+        self.queued_bytes.set(0);
         match self.uring.borrow().submit() {
             Ok(_) => Ok(()),
             // The next wait submits it.
@@ -201,17 +212,18 @@ impl Ring {
 pub(super) struct Op<'a> {
     ring: &'a Ring,
     entry: Option<squeue::Entry>,
+    bytes: usize,
     key: usize,
     _lent: PhantomData<&'a mut [u8]>,
 }
 
 impl<'a> Op<'a> {
-    /// An operation that is submitted when first polled.
+    /// An operation of so many bytes for a device that is queued when first polled.
     ///
     /// # Safety
     /// What `entry` points to lives for `'a`, and the value is not leaked while pending.
-    pub(super) unsafe fn new(ring: &'a Ring, entry: squeue::Entry) -> Self {
-        Self { ring, entry: Some(entry), key: usize::MAX, _lent: PhantomData }
+    pub(super) unsafe fn new(ring: &'a Ring, entry: squeue::Entry, bytes: usize) -> Self {
+        Self { ring, entry: Some(entry), bytes, key: usize::MAX, _lent: PhantomData }
     }
 }
 
@@ -228,7 +240,7 @@ impl Future for Op<'_> {
             self.key = key;
             self.ring.in_flight.set(self.ring.in_flight.get() + 1);
             // The operation is queued: from here on an error of the ring is not its own.
-            if let Err(error) = self.ring.submit_soon() {
+            if let Err(error) = self.ring.submit_soon(self.bytes) {
                 log::error!("cannot submit to the ring: {error}");
             }
             return Poll::Pending;

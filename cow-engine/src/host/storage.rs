@@ -54,14 +54,14 @@ impl HostStorage {
         &self.inner.ring
     }
 
-    /// One operation of the ring.
+    /// One operation of the ring, of so many bytes for a device.
     ///
     /// # Safety
     /// What `entry` points to must outlive the returned future's last poll or drop.
-    async unsafe fn op(&self, entry: squeue::Entry) -> io::Result<u32> {
+    async unsafe fn op(&self, entry: squeue::Entry, bytes: usize) -> io::Result<u32> {
         // SAFETY: the caller's promise.
         // JUSTIFICATION: the one place where memory is lent to the kernel.
-        unsafe { Op::new(self.ring(), entry) }.await
+        unsafe { Op::new(self.ring(), entry, bytes) }.await
     }
 
     /// Transfers `segments`, which the caller's borrow keeps alive, in one operation if it can.
@@ -116,10 +116,11 @@ impl HostStorage {
                 Engine::Inline => transfer_inline(way, file, at, segments),
                 Engine::Uring => {
                     let fd = types::Fd(file.file.as_raw_fd());
+                    let bytes = segments.iter().map(Segment::len).sum();
                     // SAFETY: `segments`, what they point to and `file` are borrowed by this future,
                     // which awaits the operation; dropping it ends the operation first.
                     // JUSTIFICATION: no copy between guest memory and the image.
-                    unsafe { self.op(entry(way, fd, at, segments)) }.await
+                    unsafe { self.op(entry(way, fd, at, segments), bytes) }.await
                 }
             };
             match result {
@@ -143,7 +144,7 @@ impl HostStorage {
         let entry = opcode::Recv::new(types::Fd(socket.as_raw_fd()), into.as_mut_ptr(), len).build();
         // SAFETY: `into` and `socket` are borrowed by this future, which awaits the operation.
         // JUSTIFICATION: sockets share the ring, so that one wait serves all.
-        unsafe { self.op(entry) }.await.map(|n| n as usize)
+        unsafe { self.op(entry, 0) }.await.map(|n| n as usize)
     }
 
     /// Sends at least one of `bytes` to a socket.
@@ -154,7 +155,7 @@ impl HostStorage {
             .build();
         // SAFETY: `bytes` and `socket` are borrowed by this future, which awaits the operation.
         // JUSTIFICATION: as for `recv`.
-        unsafe { self.op(entry) }.await.map(|n| n as usize)
+        unsafe { self.op(entry, 0) }.await.map(|n| n as usize)
     }
 
     async fn fallocate(&self, file: &HostFile, range: ByteRange, mode: FallocateFlags) -> io::Result<()> {
@@ -167,7 +168,7 @@ impl HostStorage {
             .build();
         // SAFETY: the entry points to no memory, and `file` is borrowed by this future.
         // JUSTIFICATION: a discard may take long; the ring's workers wait for it instead of a queue.
-        unsafe { self.op(entry) }.await.map(drop)
+        unsafe { self.op(entry, 0) }.await.map(drop)
     }
 }
 
@@ -231,7 +232,7 @@ impl Storage for HostStorage {
         let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
         // SAFETY: the entry points to no memory, and `file` is borrowed by this future.
         // JUSTIFICATION: a queue goes on while the device flushes.
-        unsafe { self.op(entry) }.await.map(drop)
+        unsafe { self.op(entry, 0) }.await.map(drop)
     }
 
     fn write_behind(&self, file: &HostFile, range: ByteRange) -> io::Result<()> {
@@ -342,7 +343,7 @@ impl Storage for HostStorage {
         // time-out and waits for that.
         // JUSTIFICATION: deadlines share the ring with everything else.
         // The answer is always an error: it timed out, or was cancelled.
-        let _ = unsafe { self.op(entry) }.await;
+        let _ = unsafe { self.op(entry, 0) }.await;
     }
 }
 
