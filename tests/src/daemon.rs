@@ -60,9 +60,19 @@ impl Daemon {
     /// # Errors
     /// If it does not come up.
     pub fn start(program: Program, disks: &[Disk]) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?;
+        Self::start_in(tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?, program, disks)
+    }
+
+    /// Starts `program` in `dir` with `disks`. Images that are there (`NAME.img`, also as a link) are served as they are.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_in(dir: TempDir, program: Program, disks: &[Disk]) -> Result<Self> {
         for disk in disks {
-            File::create(dir.path().join(format!("{}.img", disk.name)))?.set_len(disk.bytes)?;
+            let image = dir.path().join(format!("{}.img", disk.name));
+            if !image.exists() {
+                File::create(image)?.set_len(disk.bytes)?;
+            }
         }
         let server = launch(program, dir.path(), disks)?;
         Ok(Self { server, program, dir })
@@ -73,6 +83,21 @@ impl Daemon {
     /// # Errors
     /// If it does not end on a SIGTERM, or does not come up again.
     pub fn restart(&mut self, signal: Signal, disks: &[Disk]) -> Result<()> {
+        self.end(signal)?;
+        for disk in disks {
+            // Its new incarnation is ready when it has made them anew.
+            let _ = std::fs::remove_file(self.socket(disk.name));
+        }
+        let _ = std::fs::remove_file(self.control());
+        self.server = launch(self.program, self.dir.path(), disks)?;
+        Ok(())
+    }
+
+    /// Ends the daemon by `signal`, if it has not ended.
+    ///
+    /// # Errors
+    /// If it does not end on a SIGTERM.
+    pub fn end(&mut self, signal: Signal) -> Result<()> {
         if self.server.is_alive() {
             self.server.signal(signal)?;
         }
@@ -81,12 +106,6 @@ impl Daemon {
             ensure!(Instant::now() < deadline, "does not end:\n{}", self.server.output());
             std::thread::sleep(Duration::from_millis(2));
         }
-        for disk in disks {
-            // Its new incarnation is ready when it has made them anew.
-            let _ = std::fs::remove_file(self.socket(disk.name));
-        }
-        let _ = std::fs::remove_file(self.control());
-        self.server = launch(self.program, self.dir.path(), disks)?;
         Ok(())
     }
 
