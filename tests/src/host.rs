@@ -21,6 +21,12 @@ fn succeeds(command: &mut Command) -> bool {
     command.output().is_ok_and(|output| output.status.success())
 }
 
+/// Whether a process may have mounts of its own.
+pub fn can_unshare_mounts() -> bool {
+    let can = succeeds(Command::new("unshare").args(["--mount", "true"]));
+    can || skipped::<()>("no process can have mounts of its own here").is_some()
+}
+
 /// A file system under a directory of its own.
 #[derive(Debug)]
 pub struct Mounted(TempDir);

@@ -90,6 +90,16 @@ impl Scene {
         Ok(())
     }
 
+    /// The same as if the host had been started anew: see [`Daemon::restart_in_another_boot`].
+    ///
+    /// # Errors
+    /// As that.
+    pub fn restart_in_another_boot(&mut self) -> Result<()> {
+        self.daemon.restart_in_another_boot(&self.disks)?;
+        self.qmp = Qmp::connect(&self.daemon.control())?;
+        Ok(())
+    }
+
     /// Connects a guest to `disk`.
     ///
     /// # Errors
