@@ -14,11 +14,13 @@ use std::os::unix::fs::symlink;
 use anyhow::{Context as _, Result, bail, ensure};
 use ebbtide_tests::daemon::Disk;
 use ebbtide_tests::host::Mounted;
+use ebbtide_tests::nbd::{self, Nbd};
 use ebbtide_tests::random::{Random, bytes};
 use ebbtide_tests::scene::{BLOCK, Scene, blocks, kick};
 use ebbtide_tests::vhost_client::{Client, Op};
 use ebbtide_tests::virtio::status;
 use rustix::process::Signal;
+use serde_json::json;
 
 const BYTES: u64 = 4 << 20;
 /// Some of it is the file system's own; what is left is less than the disk, so that it is full before the end.
@@ -314,4 +316,46 @@ fn on_a_full_ext4() -> Result<()> {
         goes_through(room, beside, seed).with_context(|| format!("seed {seed}"))?;
     }
     Ok(())
+}
+
+/// An overlay's own content finds no space: who writes is told, and what was not written is the snapshot's.
+#[test]
+fn an_overlay_on_a_full_tmpfs() -> Result<()> {
+    let Some(room) = Mounted::tmpfs(ROOM)? else { return Ok(()) };
+    let mut all = Cramped::begin(room, true, 9)?;
+    let mut guest = all.scene.guest("vda", 1)?;
+    (0..BYTES / BLOCK).try_for_each(|block| guest.write(block * BLOCK / SECTOR, &bytes(block, 65536)))?;
+    all.freeze(&mut guest)?;
+    let open = json!({ "disk": "vda", "snapshot": "s0", "name": "o", "writable": true });
+    all.scene.qmp.call("snapshot-open", open)?;
+    let mut overlay = Nbd::open(&all.scene.daemon.nbd(), "vda@s0/o")?;
+    let mut wanted = all.instants[0].content.clone();
+    let (place, part) = (usize::try_from(BLOCK)?, u32::try_from(BLOCK)?);
+    overlay.write(0, &bytes(100, place), 0)?;
+    wanted[..place].copy_from_slice(&bytes(100, place));
+    all.fill()?;
+    for block in [3, 7, 11] {
+        let data = bytes(200 + block, place);
+        let refused = overlay.write(block * BLOCK + SECTOR, &data, 0).expect_err("there is no space");
+        ensure!(matches!(refused, nbd::Error::Errno(28)), "{refused}");
+        // Grain by grain, it was done or it was not.
+        let from = usize::try_from(block)? * place;
+        let seen = overlay.read(block * BLOCK, part)?;
+        for (nth, grain) in seen.chunks(4096).enumerate().skip(1) {
+            let at = nth * 4096;
+            let is_old = grain == &wanted[from + at..][..4096];
+            ensure!(is_old || grain == &data[at - 512..][..4096], "grain {nth} of block {block}");
+        }
+        wanted[from..from + place].copy_from_slice(&seen);
+    }
+    // What has its place can be written.
+    overlay.write(SECTOR, &bytes(101, 4096), 0)?;
+    wanted[512..][..4096].copy_from_slice(&bytes(101, 4096));
+    ensure!(overlay.read_all()? == wanted, "the overlay");
+    all.check("full")?;
+    all.drain()?;
+    overlay.write(3 * BLOCK, &bytes(102, place), nbd::FUA)?;
+    wanted[3 * place..4 * place].copy_from_slice(&bytes(102, place));
+    ensure!(overlay.read_all()? == wanted, "the overlay, with space");
+    all.check("with space")
 }
