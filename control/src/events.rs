@@ -121,7 +121,8 @@ pub enum Event {
         /// What will be full first: an area's path, `store-limit` or `daemon-limit`.
         bound_by: String,
     },
-    /// A disk's history could not be proved complete, or an operator ended it: the next backup must be a full one.
+    /// An operator ended a disk's history: the next backup must be a full one. Of one that a start of the daemon could
+    /// not prove complete `query-tracker` tells: nobody is there yet to hear an event.
     TrackerReset {
         /// The disk.
         disk: String,

@@ -589,7 +589,7 @@ impl<S: Storage> Disk<S> {
     }
 
     /// `what` belongs to a generation that the disk is not in, or that is not the other end's.
-    fn other_generation(&self, id: ChangeId, what: &str) -> Error {
+    pub(crate) fn other_generation(&self, id: ChangeId, what: &str) -> Error {
         let known = self.checkpoints().into_iter().filter(|one| one.change_id.generation == id.generation);
         let ended = known.filter_map(|one| one.ended()).next();
         let reason =

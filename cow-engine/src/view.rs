@@ -310,10 +310,14 @@ impl<S: Storage> View<S> {
 
     /// Whether the map is still that of the snapshot's generation.
     fn check_history(&self) -> Result<(), Error> {
-        match self.snapshot.tracked && self.snapshot.generation == self.disk.history.generation() {
-            true => Ok(()),
-            false => Err(Error::NotTracked { disk: self.disk.name.clone() }),
+        let (disk, snapshot) = (&self.disk, &self.snapshot);
+        if snapshot.tracked && snapshot.generation == disk.history.generation() {
+            return Ok(());
         }
+        if !snapshot.tracked || disk.block_grid().is_none() {
+            return Err(Error::NotTracked { disk: disk.name.clone() });
+        }
+        Err(disk.other_generation(snapshot.change_id(), &snapshot.name))
     }
 
     /// Whether the snapshot may still be read.

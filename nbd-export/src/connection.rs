@@ -1,17 +1,20 @@
 //! One client: its byte stream, and the two phases it goes through.
 
+use std::sync::Arc;
+
+use crate::budget::Budget;
 use crate::error::Error;
 use crate::export::Exports;
 use crate::stream::{Incoming, ReadHalf, WriteHalf};
 use crate::transmission::Ending;
 
-/// How much one connection may have in hand. Beyond that its socket is not read.
+/// How much one connection may have in hand. Beyond that its socket is not read. Several together may have less: see
+/// [`Budget`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Requests begun and not yet answered.
     pub requests: usize,
-    /// Bytes of data buffers, kept ones included. At least the largest request fits always.
-    /// Block status replies come on top, with at most 1 MiB per request.
+    /// Bytes of data buffers, kept ones included, and of block status replies. At least the largest request fits.
     pub data_bytes: usize,
 }
 
@@ -40,6 +43,7 @@ pub struct Connection<R, W> {
     pub(crate) incoming: Incoming<R>,
     pub(crate) writer: W,
     pub(crate) limits: Limits,
+    pub(crate) budget: Arc<Budget>,
 }
 
 impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
@@ -50,7 +54,15 @@ impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
 
     /// A connection on which nothing was said yet.
     pub fn with_limits(reader: R, writer: W, limits: Limits) -> Self {
-        Connection { incoming: Incoming::new(reader), writer, limits }
+        // As much as it may have: no other limit.
+        let budget = Arc::new(Budget::new(usize::MAX));
+        Connection { incoming: Incoming::new(reader), writer, limits, budget }
+    }
+
+    /// The same, with memory that it shares with other connections.
+    #[must_use]
+    pub fn sharing(self, budget: Arc<Budget>) -> Self {
+        Connection { budget, ..self }
     }
 
     /// Both phases without a deadline; see [`handshake`](Self::handshake) and

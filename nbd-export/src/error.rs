@@ -5,6 +5,8 @@
 
 use std::io;
 
+use crate::export::ExportError;
+
 /// Why a connection is over. None of these concerns another client or the export.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -18,6 +20,9 @@ pub enum Error {
     /// The stream ended inside a message.
     #[error("the NBD client left in the middle of {0}")]
     Truncated(&'static str),
+    /// A read failed of which part was sent already, in a reply that cannot say so any more.
+    #[error("an NBD read failed when part of it was sent")]
+    HalfSent(#[source] ExportError),
     /// The client chose an export by `NBD_OPT_EXPORT_NAME`, whose only error reply is to
     /// close the connection (proto.md, "Option types").
     #[error("the NBD client cannot have the export it asked for: {0}")]

@@ -8,7 +8,7 @@
 //! the stream down to end either early: the first at its deadline, the second at any time.
 //!
 //! What always holds: everything a client sends is checked here, once, before an export hears
-//! of it; memory per connection is bounded by [`Limits`]; a reply is either complete or the
+//! of it; memory per connection is bounded by [`Limits`], and of all together by a [`Budget`]; a reply is either complete or the
 //! connection is over; an export's future is driven to its end, never dropped half-way, unless
 //! the caller drops the connection's own future.
 //!
@@ -21,6 +21,7 @@
 
 #![forbid(unsafe_code)]
 
+mod budget;
 mod buffer;
 mod connection;
 mod error;
@@ -38,6 +39,7 @@ mod stream;
 mod transmission;
 mod views;
 
+pub use budget::{Budget, OWN_BYTES};
 pub use connection::{Connection, Limits};
 pub use error::Error;
 pub use export::{Context, Errno, Export, ExportError, ExportInfo, Exports, Listing, Refusal, ZeroMode};

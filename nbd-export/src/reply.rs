@@ -1,8 +1,8 @@
 //! Forming replies of the transmission phase. Pure: bytes in, bytes out.
 //!
 //! What always holds: a reply is complete before its first byte is sent, so an error is always
-//! known before success is claimed; a read is answered by one chunk, which satisfies
-//! `NBD_CMD_FLAG_DF` without further ado.
+//! known before success is claimed. Reads that are carried out piece by piece are the exception: their
+//! chunks come one by one, or the one chunk that `NBD_CMD_FLAG_DF` asks for in pieces.
 
 use crate::export::{Errno, ExportError};
 use crate::options::clip;
@@ -29,11 +29,11 @@ fn chunk(last: bool, kind: u16, cookie: u64, payload_len: u32) -> [u8; CHUNK_HEA
     out
 }
 
-/// What goes before the `len` bytes of a structured read. `len` is at most
+/// What goes before `len` bytes of a structured read, the `last` ones or not. `len` is at most
 /// [`proto::MAX_BLOCK_BYTES`].
-pub(crate) fn data_header(cookie: u64, offset: u64, len: u32) -> [u8; CHUNK_HEADER_BYTES + 8] {
+pub(crate) fn data_header(cookie: u64, offset: u64, len: u32, last: bool) -> [u8; CHUNK_HEADER_BYTES + 8] {
     let mut out = [0; CHUNK_HEADER_BYTES + 8];
-    let header = chunk(true, proto::REPLY_TYPE_OFFSET_DATA, cookie, len + 8);
+    let header = chunk(last, proto::REPLY_TYPE_OFFSET_DATA, cookie, len + 8);
     out[..CHUNK_HEADER_BYTES].copy_from_slice(&header);
     out[CHUNK_HEADER_BYTES..].copy_from_slice(&offset.to_be_bytes());
     out

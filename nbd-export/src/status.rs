@@ -112,6 +112,11 @@ impl Extents {
     }
 }
 
+/// Memory for the extents of all contexts, and for the reply that is made of them.
+pub(crate) fn reply_bytes(contexts: usize, only_one: bool) -> usize {
+    2 * size_of::<Extent>() * contexts * extents_per_context(contexts, only_one)
+}
+
 /// How many extents each of `contexts` contexts may have in one reply.
 pub(crate) fn extents_per_context(contexts: usize, only_one: bool) -> usize {
     if only_one { 1 } else { MAX_EXTENTS_PER_REPLY / contexts.max(1) }

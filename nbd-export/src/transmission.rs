@@ -1,7 +1,9 @@
 //! The transmission phase: many requests at once over one stream.
 //!
 //! One receiver takes requests off the stream, in order, as long as [`Limits`] leave room; each
-//! then runs as its own future, and its reply is written when it is done, whoever is first.
+//! then runs as its own future, and its reply is written when it is done, whoever is first. Where there is no memory for
+//! all of a read or a write, it is carried out piece by piece: a read by its future, which keeps the stream to itself from
+//! the first piece on, a write by the receiver.
 //!
 //! What always holds: replies do not interleave; no unfinished future of an export is dropped,
 //! even when the stream fails, since the kernel may still be filling its buffer; a request that
@@ -39,15 +41,15 @@ pub enum Ending {
 struct Job<'p> {
     header: Header,
     work: Result<Command, ExportError>,
-    /// Room for what is read, or what is to be written.
+    /// Room for what is read, or what is to be written, or for the reply.
     data: Option<Lease<'p>>,
 }
 
-/// A complete reply.
-enum Reply<'p> {
+/// A complete reply, or a piece of one.
+enum Reply<'j> {
     Header([u8; SIMPLE_REPLY_BYTES]),
     Bytes(Vec<u8>),
-    Data(Lease<'p>),
+    Data(&'j [u8]),
 }
 
 impl Reply<'_> {
@@ -55,7 +57,7 @@ impl Reply<'_> {
         match self {
             Reply::Header(bytes) => bytes,
             Reply::Bytes(bytes) => bytes,
-            Reply::Data(lease) => lease.framed(),
+            Reply::Data(bytes) => bytes,
         }
     }
 }
@@ -68,9 +70,9 @@ impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
     /// # Errors
     /// If the stream fails or the client breaks the protocol.
     pub async fn transmission<E: Export>(self, session: Session<E>) -> Result<Ending, Error> {
-        let Connection { mut incoming, writer, limits } = self;
+        let Connection { mut incoming, writer, limits, budget } = self;
         let largest = usize::try_from(proto::MAX_BLOCK_BYTES).unwrap_or(usize::MAX);
-        let pool = Pool::new(limits.data_bytes.max(largest));
+        let pool = Pool::new(limits.data_bytes.max(largest), budget);
         let writer = Mutex::new(writer);
         let agreed = Agreed {
             info: session.export.info(),
@@ -87,7 +89,7 @@ impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
             if deaf.get() {
                 return None;
             }
-            match next_job(incoming, &agreed, &pool, &ending).await {
+            match next_job(incoming, &session, &agreed, &pool, &ending).await {
                 Ok(job) => job.map(|job| (job, incoming)),
                 Err(error) => {
                     failure.borrow_mut().get_or_insert(error);
@@ -95,16 +97,31 @@ impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
                 }
             }
         });
-        jobs.for_each_concurrent(limits.requests.max(1), async |job| {
-            let reply = run(&session, job).await;
-            let mut writer = writer.lock().await;
-            if deaf.get() {
-                return;
-            }
-            if let Err(error) = writer.write_all(reply.bytes()).await {
-                deaf.set(true);
-                writer.abort();
-                failure.borrow_mut().get_or_insert(Error::Io(error));
+        jobs.for_each_concurrent(limits.requests.max(1), async |mut job| {
+            let mut turn = None;
+            loop {
+                let rest = rest_of(&job);
+                let reply = run(&session, &mut job).await;
+                let writer = match &mut turn {
+                    Some(writer) => writer,
+                    None => turn.insert(writer.lock().await),
+                };
+                if deaf.get() {
+                    return;
+                }
+                let sent = match reply {
+                    Ok(reply) => writer.write_all(reply.bytes()).await.map_err(Error::Io),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = sent {
+                    deaf.set(true);
+                    writer.abort();
+                    failure.borrow_mut().get_or_insert(error);
+                }
+                match rest {
+                    Some(rest) if job.work.is_ok() && !deaf.get() => job.go_on_with(rest),
+                    _ => return,
+                }
             }
         })
         .await;
@@ -116,35 +133,68 @@ impl<R: ReadHalf, W: WriteHalf> Connection<R, W> {
     }
 }
 
+impl Job<'_> {
+    /// Bytes of the part of a read that there is room for; all of it, for the most part.
+    fn piece(&self) -> u32 {
+        self.data.as_ref().map_or(0, |lease| u32::try_from(lease.data().len()).unwrap_or(u32::MAX))
+    }
+
+    fn go_on_with(&mut self, rest: Command) {
+        if let (Command::Read { len, .. }, Some(lease)) = (&rest, &mut self.data) {
+            lease.set_len(bytes(*len));
+        }
+        self.work = Ok(rest);
+    }
+}
+
+/// What a read has left to do after its next piece.
+fn rest_of(job: &Job<'_>) -> Option<Command> {
+    let piece = job.piece();
+    match job.work {
+        Ok(Command::Read { offset, len }) if len > piece => {
+            Some(Command::Read { offset: offset + u64::from(piece), len: len - piece })
+        }
+        _ => None,
+    }
+}
+
+/// A length that is within the maximum, so that it fits.
+fn bytes(len: u32) -> usize {
+    usize::try_from(len).unwrap_or(0)
+}
+
 /// Receives one request, with its payload and room for its data; `None` at the end.
-async fn next_job<'p, R: ReadHalf>(
+async fn next_job<'p, R: ReadHalf, E: Export>(
     incoming: &mut Incoming<R>,
+    session: &Session<E>,
     agreed: &Agreed<'_>,
     pool: &'p Pool,
     ending: &Cell<Ending>,
 ) -> Result<Option<Job<'p>>, Error> {
-    let mut bytes = [0; REQUEST_BYTES];
-    if !incoming.fill_or_eof(&mut bytes, "a request").await? {
+    let mut head = [0; REQUEST_BYTES];
+    if !incoming.fill_or_eof(&mut head, "a request").await? {
         return Ok(None);
     }
-    let header = Header::parse(&bytes)?;
+    let header = Header::parse(&head)?;
     log::trace!("{header:?}");
-    let work = request::check(&header, agreed);
+    let mut work = request::check(&header, agreed);
     let data = match work {
         Ok(Command::Disconnect) => {
             ending.set(Ending::Disconnected);
             return Ok(None);
         }
-        // Within the maximum, so it fits a usize.
-        Ok(Command::Read { len, .. }) => Some(pool.lend(usize::try_from(len).unwrap_or(0)).await),
-        Ok(Command::Write { len, .. }) => {
-            let mut lease = pool.lend(usize::try_from(len).unwrap_or(0)).await;
-            incoming.fill(lease.data_mut(), "the data of a write").await?;
+        Ok(Command::Read { len, .. }) => Some(pool.lend(bytes(len)).await),
+        Ok(Command::Write { offset, len, fua }) => {
+            let mut lease = pool.lend(bytes(len)).await;
+            work = receive(incoming, &session.export, &mut lease, offset, len, fua).await?;
             Some(lease)
+        }
+        Ok(Command::BlockStatus { only_one, .. }) => {
+            Some(pool.reserve(status::reply_bytes(session.contexts.len(), only_one)).await)
         }
         Err(ref error) => {
             log::debug!("request refused: {error} ({header:?})");
-            incoming.skip(header.payload_len(), "the data of a write").await?;
+            incoming.skip(header.payload_len(), PAYLOAD).await?;
             None
         }
         Ok(_) => None,
@@ -152,23 +202,84 @@ async fn next_job<'p, R: ReadHalf>(
     Ok(Some(Job { header, work, data }))
 }
 
-/// Carries a request out and forms its reply.
-async fn run<'p, E: Export>(session: &Session<E>, mut job: Job<'p>) -> Reply<'p> {
-    let header = job.header;
-    let result = match job.work {
-        Ok(command) => perform(session, &header, command, &mut job.data).await,
-        Err(refusal) => Err(refusal),
-    };
-    match result {
-        Ok(Some(bytes)) => Reply::Bytes(bytes),
-        Ok(None) => match job.data {
-            Some(lease) if header.kind == proto::CMD_READ => Reply::Data(lease),
-            _ => Reply::Header(reply::simple(header.cookie, None)),
-        },
-        Err(error) if session.structured => {
-            Reply::Bytes(reply::error(header.cookie, &error, header.offset, header.end()))
+/// What is received after a write.
+const PAYLOAD: &str = "the data of a write";
+
+/// Receives what is to be written into `lease`. Where it is too short, all but the last piece is written now; answers what
+/// is left to do.
+async fn receive<R: ReadHalf, E: Export>(
+    incoming: &mut Incoming<R>,
+    export: &E,
+    lease: &mut Lease<'_>,
+    mut offset: u64,
+    mut len: u32,
+    fua: bool,
+) -> Result<Result<Command, ExportError>, Error> {
+    loop {
+        lease.set_len(bytes(len));
+        incoming.fill(lease.data_mut(), PAYLOAD).await?;
+        let piece = u32::try_from(lease.data().len()).unwrap_or(len);
+        if piece == len {
+            return Ok(Ok(Command::Write { offset, len, fua }));
         }
-        Err(error) => Reply::Header(reply::simple(header.cookie, Some(error.errno))),
+        let written = export.write(offset, lease.data(), fua).await;
+        (offset, len) = (offset + u64::from(piece), len - piece);
+        if let Err(error) = written {
+            incoming.skip(len, PAYLOAD).await?;
+            return Ok(Err(error));
+        }
+    }
+}
+
+/// Carries a request out, or the next piece of it, and forms its reply.
+///
+/// # Errors
+/// If an earlier piece was sent and this one cannot be told.
+async fn run<'j, E: Export>(session: &Session<E>, job: &'j mut Job<'_>) -> Result<Reply<'j>, Error> {
+    let header = job.header;
+    let result = match &job.work {
+        Ok(command) => perform(session, &header, command, &mut job.data).await,
+        Err(refusal) => Err(refusal.clone()),
+    };
+    if result.is_err() || matches!(job.work, Ok(Command::Write { .. })) {
+        // The reply may have to wait for the client, and needs it no more.
+        job.data = None;
+    }
+    match result {
+        Ok(Some(bytes)) => Ok(Reply::Bytes(bytes)),
+        Ok(None) => Ok(match &job.data {
+            Some(lease) if header.kind == proto::CMD_READ => Reply::Data(lease.framed()),
+            _ => Reply::Header(reply::simple(header.cookie, None)),
+        }),
+        Err(error) => {
+            let is_first = !matches!(job.work, Ok(Command::Read { offset, .. }) if offset != header.offset);
+            job.work = Err(error.clone());
+            match session.structured {
+                _ if !is_first && !is_in_chunks(session, &header) => Err(Error::HalfSent(error)),
+                true => Ok(Reply::Bytes(reply::error(header.cookie, &error, header.offset, header.end()))),
+                false => Ok(Reply::Header(reply::simple(header.cookie, Some(error.errno)))),
+            }
+        }
+    }
+}
+
+/// Whether each piece of a read is a chunk, and not a part of the only one.
+fn is_in_chunks<E>(session: &Session<E>, header: &Header) -> bool {
+    session.structured && header.flags & proto::CMD_FLAG_DF == 0
+}
+
+/// Puts in front of a piece of a read what it is announced by. `len` is what the piece begins with and all that follows.
+fn announce<E>(session: &Session<E>, header: &Header, offset: u64, len: u32, lease: &mut Lease<'_>) {
+    let cookie = header.cookie;
+    let piece = u32::try_from(lease.data().len()).unwrap_or(len);
+    if is_in_chunks(session, header) {
+        lease.put_header(&reply::data_header(cookie, offset, piece, piece == len));
+    } else if offset != header.offset {
+        lease.put_header(&[]);
+    } else if session.structured {
+        lease.put_header(&reply::data_header(cookie, offset, len, true));
+    } else {
+        lease.put_header(&reply::simple(cookie, None));
     }
 }
 
@@ -176,18 +287,14 @@ async fn run<'p, E: Export>(session: &Session<E>, mut job: Job<'p>) -> Reply<'p>
 async fn perform<E: Export>(
     session: &Session<E>,
     header: &Header,
-    command: Command,
+    command: &Command,
     data: &mut Option<Lease<'_>>,
 ) -> Result<Option<Vec<u8>>, ExportError> {
     let export = &session.export;
-    match (command, data) {
+    match (command.clone(), data) {
         (Command::Read { offset, len }, Some(lease)) => {
             export.read(offset, lease.data_mut()).await?;
-            if session.structured {
-                lease.put_header(&reply::data_header(header.cookie, offset, len));
-            } else {
-                lease.put_header(&reply::simple(header.cookie, None));
-            }
+            announce(session, header, offset, len, lease);
             Ok(None)
         }
         (Command::Write { offset, fua, .. }, Some(lease)) => {

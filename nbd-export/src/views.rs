@@ -121,7 +121,7 @@ pub(crate) fn explain(error: cow_engine::Error) -> ExportError {
         cow_engine::Error::SnapshotDeleted { .. } | cow_engine::Error::OverlayClosed { .. } => {
             Errno::Shutdown
         }
-        cow_engine::Error::NotTracked { .. } => Errno::NotSup,
+        cow_engine::Error::NotTracked { .. } | cow_engine::Error::OtherGeneration { .. } => Errno::NotSup,
         cow_engine::Error::SnapshotInUse { .. } => Errno::Perm,
         _ if error.is_out_of_space() => Errno::NoSpc,
         _ => Errno::Io,

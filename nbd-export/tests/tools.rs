@@ -4,9 +4,10 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
-use nbd_export::ExportInfo;
-use support::{MemoryExport, MemoryExports, pattern, serve};
+use nbd_export::{Budget, ExportInfo};
+use support::{MemoryExport, MemoryExports, pattern, serve_within};
 
 const SIZE: usize = 16 << 20;
 
@@ -17,6 +18,11 @@ struct Served {
 
 impl Served {
     fn new() -> Self {
+        Self::within(256 << 20)
+    }
+
+    /// With so much memory for the data of all clients, besides what each has itself.
+    fn within(budget: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let bytes = pattern(SIZE, 9);
         let info = ExportInfo::read_only("vda@tuesday", SIZE as u64);
@@ -26,7 +32,8 @@ impl Served {
         let info = ExportInfo::read_only("broken", SIZE as u64);
         let mut broken = MemoryExport::new(info, bytes.clone());
         broken.broken_at = Some(1 << 20);
-        serve(&dir.path().join("s"), MemoryExports::new([snapshot, live, broken])).unwrap();
+        let exports = MemoryExports::new([snapshot, live, broken]);
+        serve_within(&dir.path().join("s"), exports, &Arc::new(Budget::new(budget))).unwrap();
         Served { dir, bytes }
     }
 
@@ -96,6 +103,53 @@ fn nbdcopy_and_qemu_img_read_the_same_bytes() {
     let convert = ["convert", "-f", "raw", "-O", "raw", &uri, raw.to_str().unwrap()];
     if run("qemu-img", &convert).is_some() {
         assert!(std::fs::read(&raw).unwrap() == served.bytes);
+    }
+}
+
+#[test]
+fn long_requests_are_understood_piece_by_piece() {
+    let served = Served::within(0);
+    let (from, to) = (served.uri("vda@tuesday"), served.uri("vda"));
+    let long = "--request-size=16777216";
+    if run("nbdcopy", &[long, "--allocated", &from, &to]).is_none() {
+        return;
+    }
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &from, &to]);
+    let copy = served.path("copy");
+    run("nbdcopy", &[long, "--requests=4", &to, copy.to_str().unwrap()]);
+    assert!(std::fs::read(&copy).unwrap() == served.bytes);
+    let script = r#"
+import sys, errno
+try:
+    import nbd
+except ImportError:
+    print("no module"); sys.exit(0)
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+seen = []
+def chunk(data, offset, status, error):
+    seen.append((offset, len(data), status))
+data = h.pread_structured(16 << 20, 0, chunk)
+assert seen == [(k << 20, 1 << 20, nbd.READ_DATA) for k in range(16)], seen
+seen.clear()
+assert h.pread_structured(16 << 20, 0, chunk, nbd.CMD_FLAG_DF) == data
+assert seen == [(0, 16 << 20, nbd.READ_DATA)], seen
+h = nbd.NBD()
+h.set_request_structured_replies(False)
+h.connect_uri(sys.argv[1])
+assert len(h.pread(16 << 20, 0)) == 16 << 20
+h = nbd.NBD()
+h.connect_uri(sys.argv[2])
+try:
+    h.pread(16 << 20, 0)
+    raise AssertionError("no error")
+except nbd.Error as e:
+    assert e.errnum == errno.EIO, e
+assert len(h.pread(512, 0)) == 512
+print("done")
+"#;
+    if let Some(text) = run("python3", &["-c", script, &from, &served.uri("broken")]) {
+        assert!(["done", "no module"].contains(&text.trim()), "{text}");
     }
 }
 

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
@@ -60,11 +60,21 @@ impl Daemon {
     /// # Errors
     /// If it does not come up.
     pub fn start(program: Program, disks: &[Disk]) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?;
+        Self::start_in(tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?, program, disks)
+    }
+
+    /// Starts `program` in `dir` with `disks`. Images that are there (`NAME.img`, also as a link) are served as they are.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_in(dir: TempDir, program: Program, disks: &[Disk]) -> Result<Self> {
         for disk in disks {
-            File::create(dir.path().join(format!("{}.img", disk.name)))?.set_len(disk.bytes)?;
+            let image = dir.path().join(format!("{}.img", disk.name));
+            if !image.exists() {
+                File::create(image)?.set_len(disk.bytes)?;
+            }
         }
-        let server = launch(program, dir.path(), disks)?;
+        let server = launch(program, dir.path(), disks, None)?;
         Ok(Self { server, program, dir })
     }
 
@@ -73,6 +83,40 @@ impl Daemon {
     /// # Errors
     /// If it does not end on a SIGTERM, or does not come up again.
     pub fn restart(&mut self, signal: Signal, disks: &[Disk]) -> Result<()> {
+        self.end(signal)?;
+        for disk in disks {
+            // Its new incarnation is ready when it has made them anew.
+            let _ = std::fs::remove_file(self.socket(disk.name));
+        }
+        let _ = std::fs::remove_file(self.control());
+        self.server = launch(self.program, self.dir.path(), disks, None)?;
+        Ok(())
+    }
+
+    /// Kills the daemon and starts it again as if the host had been started anew meanwhile: to it this boot is another
+    /// one, which began after the images were last changed. What was not written back is there all the same.
+    ///
+    /// # Errors
+    /// As [`Daemon::restart`]; where a process cannot have mounts of its own.
+    pub fn restart_in_another_boot(&mut self, disks: &[Disk]) -> Result<()> {
+        self.end(Signal::KILL)?;
+        let boot = self.dir.path().join("boot_id");
+        std::fs::write(&boot, format!("{:08x}-0000-4000-8000-000000000000\n", self.server.pid()))?;
+        for disk in disks {
+            let image = File::options().write(true).open(self.image(disk.name))?;
+            image.set_modified(SystemTime::UNIX_EPOCH + Duration::from_hours(24))?;
+            let _ = std::fs::remove_file(self.socket(disk.name));
+        }
+        let _ = std::fs::remove_file(self.control());
+        self.server = launch(self.program, self.dir.path(), disks, Some(&boot))?;
+        Ok(())
+    }
+
+    /// Ends the daemon by `signal`, if it has not ended.
+    ///
+    /// # Errors
+    /// If it does not end on a SIGTERM.
+    pub fn end(&mut self, signal: Signal) -> Result<()> {
         if self.server.is_alive() {
             self.server.signal(signal)?;
         }
@@ -81,12 +125,6 @@ impl Daemon {
             ensure!(Instant::now() < deadline, "does not end:\n{}", self.server.output());
             std::thread::sleep(Duration::from_millis(2));
         }
-        for disk in disks {
-            // Its new incarnation is ready when it has made them anew.
-            let _ = std::fs::remove_file(self.socket(disk.name));
-        }
-        let _ = std::fs::remove_file(self.control());
-        self.server = launch(self.program, self.dir.path(), disks)?;
         Ok(())
     }
 
@@ -184,7 +222,8 @@ impl Daemon {
     }
 }
 
-fn launch(program: Program, dir: &Path, disks: &[Disk]) -> Result<Server> {
+/// In a boot of its own if there is a file that names one.
+fn launch(program: Program, dir: &Path, disks: &[Disk], boot: Option<&Path>) -> Result<Server> {
     let at = |name: String| -> Result<String> {
         let path = dir.join(name);
         Ok(path.to_str().context("a temporary directory whose name is no text")?.to_owned())
@@ -192,7 +231,11 @@ fn launch(program: Program, dir: &Path, disks: &[Disk]) -> Result<Server> {
     let mut sockets = Vec::new();
     let mut command = match program {
         Program::Ebbtide => {
-            let mut command = Command::new(server::ebbtide()?);
+            let ebbtide = server::ebbtide()?;
+            let mut command = match boot {
+                Some(boot) => in_a_boot_of_its_own(ebbtide, boot),
+                None => Command::new(ebbtide),
+            };
             command.arg("serve");
             command.args(["--control", &at("control.sock".into())?, "--nbd", &at("nbd.sock".into())?]);
             sockets.push(dir.join("control.sock"));
@@ -228,4 +271,12 @@ fn launch(program: Program, dir: &Path, disks: &[Disk]) -> Result<Server> {
     }
     let sockets: Vec<_> = sockets.iter().map(PathBuf::as_path).collect();
     Server::start(command, &dir.join("log"), &[], &sockets)
+}
+
+/// Arguments that are added are the program's.
+fn in_a_boot_of_its_own(program: &Path, boot: &Path) -> Command {
+    let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).arg(boot).arg(program);
+    command
 }

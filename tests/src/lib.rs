@@ -4,6 +4,7 @@
 //! - [`vhost_client`]: our own vhost-user front end, which can also say what no driver would say.
 //! - [`baseline`]: a plain back end on the framework `vhost-user-backend`, to compare with.
 //! - [`daemon`]: a daemon with disks in a temporary directory.
+//! - [`host`]: small file systems and block devices.
 //! - [`nbd`], [`qmp`]: clients that share no code with the daemon.
 //! - [`oracle`], [`overlay_oracle`]: what a disk and a writable view may answer; the judges of the simulation
 //!   suite.
@@ -20,6 +21,7 @@
 pub mod baseline;
 pub mod daemon;
 pub mod histogram;
+pub mod host;
 pub mod load;
 pub mod nbd;
 pub mod oracle;

@@ -165,13 +165,21 @@ impl Nbd {
     /// [`Error::Errno`] if the server answers that it cannot.
     pub fn read(&mut self, offset: u64, len: u32) -> Result<Vec<u8>> {
         self.ask(offset, len)?;
-        let mut data = vec![0; len as usize];
-        let cookie = self.answer()?;
-        if cookie != offset {
-            return Err(Error::Protocol("a reply to nothing"));
+        match self.take_answer(len)? {
+            (asked, data) if asked == offset => Ok(data),
+            _ => Err(Error::Protocol("a reply to nothing")),
         }
+    }
+
+    /// Takes the next answer to a request for `len` bytes: where from, and what.
+    ///
+    /// # Errors
+    /// [`Error::Errno`] if the server answers that it cannot.
+    pub fn take_answer(&mut self, len: u32) -> Result<(u64, Vec<u8>)> {
+        let offset = self.answer()?;
+        let mut data = vec![0; len as usize];
         self.stream.read_exact(&mut data)?;
-        Ok(data)
+        Ok((offset, data))
     }
 
     /// Reads all of it, with some requests in flight, answered in any order.
@@ -200,7 +208,11 @@ impl Nbd {
         Ok(data)
     }
 
-    fn ask(&mut self, offset: u64, len: u32) -> Result<()> {
+    /// Asks for `len` bytes from `offset` on. Who only asks takes no answer.
+    ///
+    /// # Errors
+    /// If the connection failed.
+    pub fn ask(&mut self, offset: u64, len: u32) -> Result<()> {
         self.send(READ, 0, offset, len)
     }
 

@@ -22,6 +22,8 @@ pub enum Error {
     /// The daemon answered with an error.
     #[error("{reason}: {desc}")]
     Refused {
+        /// QEMU's class of it.
+        class: String,
         /// The stable code, `x-reason` on the wire.
         reason: String,
         /// The sentence for people.
@@ -85,7 +87,8 @@ impl Qmp {
                 self.events.push_back(message);
             } else if let Some(error) = message.get("error") {
                 let text = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
-                return Err(Error::Refused { reason: text("x-reason"), desc: text("desc") });
+                let (class, reason, desc) = (text("class"), text("x-reason"), text("desc"));
+                return Err(Error::Refused { class, reason, desc });
             } else if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             } else {

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt as _;
 use anyhow::{Context as _, Result};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::daemon::{Daemon, Disk, Program};
 use crate::nbd::{self, Nbd};
@@ -58,9 +59,25 @@ impl Scene {
     /// # Errors
     /// If it does not come up.
     pub fn start(disks: &[Disk]) -> Result<Self> {
-        let daemon = Daemon::start(Program::Ebbtide, disks)?;
+        Self::of(Daemon::start(Program::Ebbtide, disks)?, disks)
+    }
+
+    /// The same in `dir`, with the images that are there: see [`Daemon::start_in`].
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_in(dir: TempDir, disks: &[Disk]) -> Result<Self> {
+        Self::of(Daemon::start_in(dir, Program::Ebbtide, disks)?, disks)
+    }
+
+    fn of(daemon: Daemon, disks: &[Disk]) -> Result<Self> {
         let qmp = Qmp::connect(&daemon.control())?;
         Ok(Self { daemon, qmp, disks: disks.to_vec() })
+    }
+
+    /// What disks are served, and how, from the next start on.
+    pub fn serve_next(&mut self, disks: &[Disk]) {
+        self.disks = disks.to_vec();
     }
 
     /// Ends the daemon by `signal`, and starts it again on the same files.
@@ -69,6 +86,16 @@ impl Scene {
     /// If it does not end or does not come up again.
     pub fn restart(&mut self, signal: Signal) -> Result<()> {
         self.daemon.restart(signal, &self.disks)?;
+        self.qmp = Qmp::connect(&self.daemon.control())?;
+        Ok(())
+    }
+
+    /// The same as if the host had been started anew: see [`Daemon::restart_in_another_boot`].
+    ///
+    /// # Errors
+    /// As that.
+    pub fn restart_in_another_boot(&mut self) -> Result<()> {
+        self.daemon.restart_in_another_boot(&self.disks)?;
         self.qmp = Qmp::connect(&self.daemon.control())?;
         Ok(())
     }

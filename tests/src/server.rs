@@ -21,6 +21,19 @@ use crate::raw::die_with_parent;
 /// Far more than any program here needs to start or to end, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a process has asked of the system: bytes, also of the page cache, and how often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effort {
+    /// Bytes that it read.
+    pub read: u64,
+    /// Bytes that it wrote.
+    pub written: u64,
+    /// Reads and writes.
+    pub calls: u64,
+    /// Pages of its memory and of mapped files that it touched for the first time.
+    pub faults: u64,
+}
+
 /// A running child process, ended when dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -95,6 +108,31 @@ impl Server {
             .and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok())
             .map(|kib| kib * 1024)
             .with_context(|| format!("no {line} in the process's status"))
+    }
+
+    /// What it has asked of the system since it was started.
+    ///
+    /// # Errors
+    /// If the process is gone, or the kernel does not count.
+    pub fn effort(&self) -> Result<Effort> {
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.pid()))?;
+        let field = |name: &str| {
+            let line = io.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|rest| rest.trim_start_matches(':').trim().parse().ok());
+            number.with_context(|| format!("no {name} in the process's io"))
+        };
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+        // Behind the name, which may hold anything: proc_pid_stat(5), field 3 on.
+        let rest = stat.rsplit_once(')').context("the process's stat")?.1;
+        let faults =
+            |nth: usize| rest.split_whitespace().nth(nth - 3).and_then(|word| word.parse::<u64>().ok());
+        let faults = faults(10).zip(faults(12)).context("the process's faults")?;
+        Ok(Effort {
+            read: field("rchar")?,
+            written: field("wchar")?,
+            calls: field("syscr")? + field("syscw")?,
+            faults: faults.0 + faults.1,
+        })
     }
 
     /// Sends a signal.

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use ebbtide_tests::daemon::Disk;
+use ebbtide_tests::host::Mounted;
 use ebbtide_tests::random::{Random, bytes};
 use ebbtide_tests::scene::{BLOCK, Scene, blocks};
 use ebbtide_tests::server::{ebbtide, output_of};
@@ -312,40 +313,6 @@ fn what_failed_counts_as_changed() -> Result<()> {
     Ok(())
 }
 
-/// A small file system, filled to its last byte if asked.
-struct Tmpfs(TempDir);
-
-impl Tmpfs {
-    /// `None` where this is not allowed.
-    fn mount(bytes: u64) -> Result<Option<Self>> {
-        let at = tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?;
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "none"]).arg(at.path());
-        let mounted = mount.output().is_ok_and(|output| output.status.success());
-        if !mounted {
-            eprintln!("no file system can be mounted here: nothing is tried");
-        }
-        Ok(mounted.then_some(Self(at)))
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    /// Leaves no space.
-    fn fill(&self) -> Result<()> {
-        let mut file = std::fs::File::create(self.path().join("filler"))?;
-        while std::io::Write::write(&mut file, &[1; 4096]).is_ok() {}
-        Ok(())
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(self.path()).status();
-    }
-}
-
 fn resize(scene: &mut Scene, size: u64) -> ebbtide_tests::qmp::Result<Value> {
     scene.qmp.call("block_resize", json!({ "disk": "vda", "size": size, "shrink": true }))
 }
@@ -353,7 +320,7 @@ fn resize(scene: &mut Scene, size: u64) -> ebbtide_tests::qmp::Result<Value> {
 /// Everything that has to be kept has its place already; what has not is refused, and costs nothing.
 #[test]
 fn a_disk_is_resized_and_tracked_while_its_state_has_no_space() -> Result<()> {
-    let Some(state) = Tmpfs::mount(2 << 20)? else { return Ok(()) };
+    let Some(state) = Mounted::tmpfs(2 << 20)? else { return Ok(()) };
     let mut scene = Scene::start(&[disk(&format!("state={}/state", state.path().display()))])?;
     let mut guest = scene.guest("vda", 1)?;
     let id = scene.freeze("s0", &["vda"])?.remove(0);
@@ -373,7 +340,7 @@ fn a_disk_is_resized_and_tracked_while_its_state_has_no_space() -> Result<()> {
     }
     guest.write(2 * BLOCK / 512, &[1; 512])?;
     drop(guest);
-    std::fs::remove_file(state.path().join("filler"))?;
+    state.drain()?;
     scene.restart(Signal::KILL)?;
     let now = scene.qmp.call("query-disks", json!({}))?[0].take();
     ensure!(now["size"] == BYTES / 2 && now["tracker"]["reason"] == "kept", "{now}");
@@ -391,58 +358,20 @@ fn a_disk_is_resized_and_tracked_while_its_state_has_no_space() -> Result<()> {
 /// The same goes for a disk whose tracking is switched off: its map grows with it.
 #[test]
 fn a_map_that_finds_no_space_gives_back_what_it_took() -> Result<()> {
-    let Some(state) = Tmpfs::mount(16 << 20)? else { return Ok(()) };
+    let Some(state) = Mounted::tmpfs(16 << 20)? else { return Ok(()) };
     // A file system that keeps what an allocation had before it found no more.
     let device = state.path().join("device");
     std::fs::File::create(&device)?.set_len(12 << 20)?;
-    let Some(state) = Ext4::mount(&device)? else { return Ok(()) };
+    let Some(state) = Mounted::ext4(&device)? else { return Ok(()) };
     let mut scene = Scene::start(&[disk(&format!("state={}/state", state.path().display()))])?;
     for verb in ["tracker-disable", "tracker-enable"] {
         scene.qmp.call(verb, json!({ "disk": "vda" }))?;
-        let before = free_bytes(state.path())?;
+        let before = state.free_bytes()?;
         let error = resize(&mut scene, 1 << 40).expect_err("there is no space for such a map");
         ensure!(error.reason() == "io" && error.to_string().contains("change map"), "{error}");
-        let after = free_bytes(state.path())?;
+        let after = state.free_bytes()?;
         ensure!(after + (64 << 10) >= before, "{verb}: {before} bytes were free, and {after} are left");
         ensure!(scene.qmp.call("query-disks", json!({}))?[0]["size"] == BYTES, "the size is the old one");
     }
     Ok(())
-}
-
-fn free_bytes(path: &Path) -> Result<u64> {
-    let room = rustix::fs::statvfs(path)?;
-    Ok(room.f_bavail * room.f_frsize)
-}
-
-/// An ext4 file system in a file.
-struct Ext4(TempDir);
-
-impl Ext4 {
-    /// `None` where this is not allowed.
-    fn mount(device: &Path) -> Result<Option<Self>> {
-        let at = tempfile::Builder::new().prefix("ebbtide-test-").tempdir()?;
-        let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m0"]).arg(device).output();
-        let mounted = made.is_ok_and(|output| output.status.success())
-            && Command::new("mount")
-                .args(["-o", "loop"])
-                .arg(device)
-                .arg(at.path())
-                .output()?
-                .status
-                .success();
-        if !mounted {
-            eprintln!("no file system can be mounted here: nothing is tried");
-        }
-        Ok(mounted.then_some(Self(at)))
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for Ext4 {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(self.path()).status();
-    }
 }

@@ -4,8 +4,11 @@
 
 #![forbid(unsafe_code)]
 
-use anyhow::{Context as _, Result, ensure};
+use std::ops::Range;
+
+use anyhow::{Context as _, Result, bail, ensure};
 use ebbtide_tests::daemon::Disk;
+use ebbtide_tests::qmp;
 use ebbtide_tests::scene::Scene;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -135,5 +138,131 @@ fn tracking_is_switched_off_and_on_by_command_lines_while_the_guest_writes() -> 
     let changed = scene.changed("vda", since, "t")?;
     let later = (512 << 10)..(576 << 10);
     ensure!(changed == std::slice::from_ref(&later), "what changed since it is on: {changed:?}");
+    Ok(())
+}
+
+const SMALL: u64 = 4096;
+const LARGE: u64 = 1 << 20;
+
+fn disk_of(name: &'static str, more: &'static str) -> Disk {
+    Disk { more, ..disk(name) }
+}
+
+/// Changes between two checkpoints.
+fn between(scene: &mut Scene, since: &str, until: &str) -> Result<Value> {
+    let query = json!({ "disk": "vda", "since": since, "until": until });
+    Ok(scene.qmp.call("query-changed-blocks", query)?)
+}
+
+/// Expects `answer` to be a refusal of an id of another generation, for this reason.
+fn refused<T: std::fmt::Debug>(answer: qmp::Result<T>, why: &str) -> Result<()> {
+    match answer {
+        Err(qmp::Error::Refused { class, reason, desc })
+            if class == "GenericError" && reason == "generation-differs" && desc.contains(why) =>
+        {
+            Ok(())
+        }
+        other => bail!("{other:?}"),
+    }
+}
+
+/// Every way to ask for what changed since an instant of another generation is refused, for this reason; of the
+/// disk beside it nothing is.
+fn ended(scene: &mut Scene, id: &str, why: &str) -> Result<()> {
+    let told = scene.qmp.call("query-incremental", json!({ "since": id, "disks": ["vda"] }))?;
+    let is_told = told[0]["reason"] == "generation-differs" && told[0]["desc"].to_string().contains(why);
+    ensure!(told[0]["possible"] == false && is_told, "{told}");
+    let told = scene.qmp.call("query-incremental", json!({ "since": "first" }))?;
+    let possible: Vec<_> = told.as_array().context("a list")?.iter().map(|one| &one["possible"]).collect();
+    ensure!(possible == [false, true], "{told}");
+    let text = scene.daemon.ask(&["incremental", "first"])?;
+    ensure!(text.contains("vda: no, ") && text.contains(why) && text.contains("vdb: yes"), "{text}");
+    scene.freeze("asked", &["vda"])?;
+    for since in [id, "first"] {
+        let query = json!({ "disk": "vda", "since": since, "snapshot": "asked" });
+        refused(scene.qmp.call("query-changed-blocks", query), why)?;
+    }
+    Ok(scene.delete("asked")?)
+}
+
+/// What changed since `id`, all of it, in blocks of `size`.
+fn goes_on(scene: &mut Scene, id: &str, size: u64, expected: &[Range<u64>]) -> Result<()> {
+    let now = tracker(scene, "vda")?;
+    ensure!(now["block-size"] == size && now["reason"] == "block-size-changed", "{now}");
+    scene.freeze("asked", &["vda"])?;
+    let query = json!({ "disk": "vda", "since": id, "snapshot": "asked" });
+    let told = scene.qmp.call("query-changed-blocks", query)?;
+    ensure!(told["block-size"] == size, "{told}");
+    let changed = scene.changed("vda", id, "asked")?;
+    ensure!(changed == expected, "in blocks of {size}: {changed:?} and not {expected:?}");
+    Ok(scene.delete("asked")?)
+}
+
+/// By a stop in order and by a kill, to smaller blocks, to larger ones, and back to those of before.
+#[test]
+fn another_block_size_begins_a_generation_that_says_so() -> Result<()> {
+    let mut scene = Scene::start(&[disk("vda"), disk("vdb")])?;
+    let mut guest = scene.guest("vda", 1)?;
+    guest.write(0, &[1; 4096])?;
+    let first = scene.freeze("held", &["vda", "vdb"])?.remove(0);
+    scene.qmp.call("checkpoint-create", json!({ "name": "first", "snapshot": "held" }))?;
+    guest.write(2048, &[2; 512])?;
+    scene.freeze("s", &["vda"])?;
+    scene.qmp.call("checkpoint-create", json!({ "name": "second", "snapshot": "s" }))?;
+    scene.delete("s")?;
+    let told = between(&mut scene, "first", "second")?;
+    let content = scene.view("vda", "held")?;
+    guest.write(0, &[3; 512])?;
+    let mut ids = vec![first];
+    let why = "block-size-changed";
+    let rounds = [
+        (Signal::TERM, "block-size=4096", SMALL, 3 * SMALL),
+        (Signal::KILL, "block-size=1M", LARGE, LARGE + 4096),
+        (Signal::KILL, "block-size=65536", 65536, 65536),
+        (Signal::TERM, "block-size=64K", 65536, 0),
+    ];
+    for (signal, more, size, at) in rounds {
+        drop(guest);
+        let old = tracker(&mut scene, "vda")?;
+        scene.serve_next(&[disk_of("vda", more), disk("vdb")]);
+        scene.restart(signal)?;
+        let new = tracker(&mut scene, "vda")?;
+        guest = scene.guest("vda", 1)?;
+        if old["block-size"] == size {
+            // The same size in other words.
+            ensure!(new["generation"] == old["generation"], "{new}");
+            continue;
+        }
+        ensure!(new["generation"] != old["generation"], "{new}");
+        ensure!(new["map-bytes"] == 4096 + (BYTES / size * 4).next_multiple_of(4096), "{new}");
+        ensure!(new["hot-regions"] == 0, "nothing was changed in it: {new}");
+        let log = scene.daemon.server().output();
+        ensure!(log.contains("begins anew") && log.contains("another block size was asked for"), "{log}");
+        let other = tracker(&mut scene, "vdb")?;
+        ensure!(other["block-size"] == 65536 && other["reason"] == "new", "{other}");
+        // Nothing was lost but the history: the snapshot is there, and what was between two past instants.
+        ensure!(scene.view("vda", "held")? == content, "what is held");
+        let query = json!({ "disk": "vda", "since": "first", "snapshot": "held" });
+        refused(scene.qmp.call("query-changed-blocks", query), why)?;
+        ensure!(between(&mut scene, "first", "second")? == told, "told again");
+        let listed = scene.qmp.call("query-checkpoints", json!({ "disk": "vda" }))?;
+        ensure!(listed[0]["current"] == false && listed[0]["ended"] == why, "{listed}");
+        let since = new["change-id"].as_str().context("a change id")?.to_owned();
+        let block = at / size * size..at / size * size + size;
+        for signal in [None, Some(Signal::KILL), Some(Signal::TERM), Some(Signal::KILL)] {
+            if let Some(signal) = signal {
+                drop(guest);
+                scene.restart(signal)?;
+                guest = scene.guest("vda", 1)?;
+            } else {
+                goes_on(&mut scene, &since, size, &[])?;
+                guest.write(at / 512, &[4; 512])?;
+            }
+            goes_on(&mut scene, &since, size, std::slice::from_ref(&block))?;
+            ids.iter().try_for_each(|id| ended(&mut scene, id, why))?;
+        }
+        // In the next generation this one's are as old.
+        ids.push(since);
+    }
     Ok(())
 }

@@ -18,7 +18,7 @@ use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use nbd_export::{
-    Connection, Context, Errno, Export, ExportError, ExportInfo, Exports, Extents, Listing, ReadHalf,
+    Budget, Connection, Context, Errno, Export, ExportError, ExportInfo, Exports, Extents, Listing, ReadHalf,
     Refusal, Status, WriteHalf, ZeroMode,
 };
 
@@ -240,14 +240,24 @@ impl Exports for MemoryExports {
 
 /// Serves `exports` on a Unix socket, a thread per connection, until the process ends.
 pub fn serve(path: &Path, exports: MemoryExports) -> io::Result<thread::JoinHandle<()>> {
+    serve_within(path, exports, &Arc::new(Budget::new(256 << 20)))
+}
+
+/// The same, with that memory for all.
+pub fn serve_within(
+    path: &Path,
+    exports: MemoryExports,
+    budget: &Arc<Budget>,
+) -> io::Result<thread::JoinHandle<()>> {
     let listener = UnixListener::bind(path)?;
+    let budget = budget.clone();
     Ok(thread::spawn(move || {
         for stream in listener.incoming() {
             let Ok(stream) = stream else { return };
-            let exports = exports.clone();
+            let (exports, budget) = (exports.clone(), budget.clone());
             thread::spawn(move || {
                 let Ok(reader) = stream.try_clone() else { return };
-                let connection = Connection::new(Blocking(reader), Blocking(stream));
+                let connection = Connection::new(Blocking(reader), Blocking(stream)).sharing(budget);
                 if let Err(error) = block_on(connection.serve(&exports)) {
                     eprintln!("connection: {error}");
                 }

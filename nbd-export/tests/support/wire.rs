@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use nbd_export::{Connection, Ending, Error, Exports, Limits, proto};
+use nbd_export::{Budget, Connection, Ending, Error, Exports, proto};
 
 use super::{Record, Script, block_on};
 
@@ -70,9 +71,27 @@ impl Client {
     /// Says it all, in reads of at most `step` bytes; answers how the connection ended and
     /// what the server said after its greeting.
     pub fn talk<X: Exports>(&self, exports: &X, step: usize) -> (Result<Ending, Error>, Server) {
+        self.talk_over(exports, step, |connection| connection)
+    }
+
+    /// The same, with memory that is shared with others.
+    pub fn talk_within<X: Exports>(
+        &self,
+        budget: &Arc<Budget>,
+        exports: &X,
+    ) -> (Result<Ending, Error>, Server) {
+        self.talk_over(exports, 1 << 16, |connection| connection.sharing(budget.clone()))
+    }
+
+    fn talk_over<X: Exports>(
+        &self,
+        exports: &X,
+        step: usize,
+        prepare: impl FnOnce(Connection<Script, Record>) -> Connection<Script, Record>,
+    ) -> (Result<Ending, Error>, Server) {
         let record = Record::default();
         let script = Script { bytes: self.bytes.clone(), at: 0, step };
-        let connection = Connection::with_limits(script, record.clone(), Limits::default());
+        let connection = prepare(Connection::new(script, record.clone()));
         let result = block_on(connection.serve(exports));
         (result, Server::new(&record.bytes))
     }
@@ -183,6 +202,31 @@ impl Server {
                 Message::Chunk { cookie, last: flags & 1 != 0, kind, payload }
             }
             other => panic!("neither reply nor chunk: {other:#x}"),
+        }
+    }
+
+    /// Skips replies to `options`, all of which succeeded.
+    pub fn entered(&mut self, options: &[u32]) {
+        for &option in options {
+            assert_eq!(self.final_reply(option).0, proto::REP_ACK);
+        }
+    }
+
+    /// The data of one structured read, put together, and in how many chunks it came.
+    pub fn data_of(&mut self, cookie: u64, offset: usize, len: usize) -> (Vec<u8>, usize) {
+        let (mut data, mut chunks) = (vec![0; len], 0);
+        loop {
+            let Message::Chunk { cookie: of, last, kind, payload } = self.message(0) else {
+                panic!("no chunk")
+            };
+            assert_eq!((of, kind), (cookie, proto::REPLY_TYPE_OFFSET_DATA));
+            let (at, part) = payload.split_at(8);
+            let at = usize::try_from(u64::from_be_bytes(at.try_into().unwrap())).unwrap() - offset;
+            data[at..at + part.len()].copy_from_slice(part);
+            chunks += 1;
+            if last {
+                return (data, chunks);
+            }
         }
     }
 

@@ -1,12 +1,12 @@
 //! Difference stores: where they are, how much they take, and what happens when that is not enough.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use ebbtide_tests::daemon::Disk;
+use ebbtide_tests::host::Loop;
 use ebbtide_tests::nbd;
 use ebbtide_tests::qmp;
 use ebbtide_tests::random::bytes;
@@ -20,24 +20,6 @@ const DISK_BYTES: usize = 4 << 20;
 const MIB: u64 = 1 << 20;
 /// The same, of a buffer.
 const PART: usize = 1 << 20;
-
-/// A loop device over a file, as long as this lives.
-struct Loop(PathBuf);
-
-impl Loop {
-    /// `None` if this host has none to give.
-    fn over(file: &Path) -> Option<Self> {
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
-        let path = String::from_utf8(made.stdout).ok()?;
-        (made.status.success()).then(|| Self(PathBuf::from(path.trim())))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
 
 fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is no text")
@@ -135,8 +117,8 @@ fn b_1100_store_on_a_block_device() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("device");
     File::create(&file)?.set_len(16 * MIB)?;
-    match Loop::over(&file) {
-        Some(device) => keeps_old_content_at(&device.0, None),
+    match Loop::over(&file)? {
+        Some(device) => keeps_old_content_at(device.path(), None),
         None => {
             eprintln!("no loop device here: a file of a fixed size stands for one");
             std::fs::remove_file(&file)?;

@@ -5,6 +5,9 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(target_env = "gnu")]
+#[allow(unsafe_code)]
+mod allocator;
 mod args;
 mod cache;
 mod catalog;
@@ -37,6 +40,8 @@ use crate::disk_spec::DiskSpec;
 use crate::serve::{FrontEnd, Plan};
 
 fn main() -> ExitCode {
+    #[cfg(target_env = "gnu")]
+    allocator::bound();
     // Whatever else is said (QEMU's vhost-user.rst, "Backend program conventions").
     if std::env::args_os().any(|argument| argument == "--print-capabilities") {
         println!("{}", args::CAPABILITIES);

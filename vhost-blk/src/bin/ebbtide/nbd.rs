@@ -1,7 +1,7 @@
 //! The NBD server's sockets: accept loops, a thread and a ring per connection, deadlines.
 //!
-//! Invariant: what one client does costs the others nothing but processor time: connections are
-//! bounded in number, a handshake in time, and a client's memory by the protocol's limits.
+//! Invariant: what one client does costs the others nothing but processor time and requests in flight: connections are
+//! bounded in number, a handshake in time, the memory for all their data by one budget.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use cow_engine::Storage;
 use cow_engine::host::{Executor, HostStorage};
-use nbd_export::{Connection, Export, Socket, SocketHalf};
+use nbd_export::{Budget, Connection, Export, Socket, SocketHalf};
 
 use crate::catalog::{Catalog, Offer};
 
@@ -28,6 +28,8 @@ const MAX_CONNECTIONS: usize = 128;
 /// Replies that a client of the host has not taken yet: several whole ones, so that it is not woken, nor the
 /// sender, for each part of one. A socket's usual 208 KiB is less than one reply.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
+/// Memory for the data of all clients, besides what each has to itself ([`nbd_export::OWN_BYTES`]).
+const DATA_BYTES: usize = 256 << 20;
 /// Submissions of a connection between two system calls: its requests, and a read of its socket.
 const RING_ENTRIES: u32 = 64;
 
@@ -36,6 +38,7 @@ type Open = HashMap<u64, (Socket, Option<JoinHandle<()>>)>;
 
 struct Shared {
     catalog: Arc<Catalog>,
+    budget: Arc<Budget>,
     stopping: AtomicBool,
     next: AtomicU64,
     open: Mutex<Open>,
@@ -52,6 +55,7 @@ impl NbdServer {
     pub(crate) fn new(catalog: Arc<Catalog>) -> Self {
         let shared = Shared {
             catalog,
+            budget: Arc::new(Budget::new(DATA_BYTES)),
             stopping: AtomicBool::new(false),
             next: AtomicU64::new(0),
             open: Mutex::default(),
@@ -141,7 +145,7 @@ fn start(shared: &Arc<Shared>, socket: Socket) -> io::Result<()> {
     shared.open().insert(id, (outside, None));
     let mine = shared.clone();
     let thread = crate::thread("nbd-client", move || {
-        if let Err(error) = serve(&mine.catalog, socket) {
+        if let Err(error) = serve(&mine, socket) {
             log::debug!("NBD client {id}: {error}");
         }
         mine.open().remove(&id);
@@ -161,14 +165,15 @@ fn start(shared: &Arc<Shared>, socket: Socket) -> io::Result<()> {
 }
 
 /// One client, from its first byte to its last.
-fn serve(catalog: &Arc<Catalog>, socket: Socket) -> anyhow::Result<()> {
+fn serve(shared: &Shared, socket: Socket) -> anyhow::Result<()> {
+    let catalog = &shared.catalog;
     let executor = Executor::new(RING_ENTRIES)?;
     let io = executor.storage();
     let agreed = Rc::new(Cell::new(false));
     executor.spawn(deadline(io.clone(), socket.try_clone()?, agreed.clone()));
     executor.block_on(async {
         let (reader, writer) = SocketHalf::pair(&io, socket);
-        let mut connection = Connection::new(reader, writer);
+        let mut connection = Connection::new(reader, writer).sharing(shared.budget.clone());
         let offer = Offer { catalog: catalog.clone(), io: io.clone() };
         let Some(session) = connection.handshake(&offer).await? else { return Ok(()) };
         agreed.set(true);

@@ -267,7 +267,7 @@ fn open_disk(
     let opened = executor.block_on(Disk::open(&executor.storage(), options));
     let (disk, report) =
         opened.with_context(|| format!("cannot use the state directory {}", state.display()))?;
-    tell(&spec.name, &disk, &report, hub);
+    tell(&spec.name, &report);
     let device = Device::new(disk.clone(), device_options(&spec))
         .with_context(|| format!("cannot offer the disk '{}'", spec.name))?;
     let meter = Meter::new(budget.clone(), disk.store_budget().used());
@@ -306,7 +306,7 @@ fn translate(event: cow_engine::Event) -> Option<Event> {
 }
 
 /// Says what was found of a disk's past.
-fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, hub: &EventHub) {
+fn tell(name: &str, report: &cow_engine::OpenReport) {
     if report.unclean {
         log::info!("{name}: the last daemon did not close this disk");
     }
@@ -334,17 +334,9 @@ fn tell(name: &str, disk: &Disk<HostStorage>, report: &cow_engine::OpenReport, h
     if let Some(snapshot) = &report.rewinding {
         log::info!("{name}: the rewind to snapshot '{snapshot}' goes on");
     }
-    if let Some(reason) = &report.reset {
-        let generation = disk.change_id().generation.to_string();
-        if *reason != ResetReason::New {
-            log::warn!("{name}: change tracking begins anew, the next backup must be a full one: {reason}");
-        }
-        hub.post(&Event::TrackerReset {
-            disk: name.to_owned(),
-            generation,
-            reason: reason.code().to_owned(),
-            desc: reason.to_string(),
-        });
+    // Not an event: no control client is there yet. `query-tracker` tells it.
+    if let Some(reason) = report.reset.as_ref().filter(|&reason| *reason != ResetReason::New) {
+        log::warn!("{name}: change tracking begins anew, the next backup must be a full one: {reason}");
     }
 }
 
