@@ -48,6 +48,9 @@ impl Contender {
     }
 }
 
+/// A mix of reads and writes in equal parts, for fio only.
+pub(crate) const PAIRS: &str = "rw";
+
 /// What all measurements share: the files and the programs.
 #[derive(Debug)]
 pub(crate) struct Bench {
@@ -174,7 +177,8 @@ impl Bench {
         Ok(outcome)
     }
 
-    fn fio(&self, row: &Row, seconds: f64) -> Result<Outcome> {
+    /// Measures what is possible on the file itself.
+    pub(crate) fn fio(&self, row: &Row, seconds: f64) -> Result<Outcome> {
         let order = if row.random { "rand" } else { "" };
         let mut command = Command::new("fio");
         command
@@ -194,7 +198,8 @@ impl Bench {
         let begin = printed.find('{').context("fio printed no JSON")?;
         let json: serde_json::Value = serde_json::from_str(&printed[begin..])?;
         let job = &json["jobs"][0];
-        let part = &job[row.mix];
+        // Of reads and writes in equal parts, one of each counts as one.
+        let part = &job[if row.mix == PAIRS { "read" } else { row.mix }];
         let number = |value: &serde_json::Value| value.as_f64().unwrap_or_default();
         let percentile = |which: &str| number(&part["clat_ns"]["percentile"][which]) / 1000.0;
         let iops = number(&part["iops"]);

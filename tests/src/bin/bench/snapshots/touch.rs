@@ -11,20 +11,20 @@
 //!   large clusters can do. Beside QEMU it has no goal: in memory, a multiple of QEMU's rate is more than
 //!   either reaches without a snapshot.
 //!
-//! A first touch reads and writes. So reads are measured as well: a first touch cannot be faster than a read and a
-//! write, one after the other, are on a medium that does one thing at a time.
+//! A first touch reads and writes. So what `fio` does of both at once on the disk is measured as well: no first touch is
+//! faster than that.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use ebbtide_tests::load::Outcome;
 
-use crate::contender::{Bench, Contender};
+use crate::contender::{Bench, Contender, PAIRS};
 use crate::findings::Goal;
 use crate::launch::Setup;
 use crate::machine::Medium;
 use crate::subject::Subject;
-use crate::{Options, Results, record};
+use crate::{Options, Results, Row, record};
 
 use super::MEDIA;
 
@@ -42,6 +42,8 @@ const FIRST: &str = "first touch";
 const DENSE: &str = "first touch, dense";
 const ALL: &str = "all touched";
 const READS: &str = "reads";
+
+const OF_PAIRS: &str = "first touch ÷ a read and a write of fio's";
 
 /// Who is compared.
 pub(crate) const SERVERS: [Contender; 2] = [Contender::Qsd, Contender::Ebbtide];
@@ -66,6 +68,15 @@ impl Load {
             Self::Sequential => "snapshot-seqwrite-1m-d4",
         };
         format!("{}/{load}", medium.name())
+    }
+
+    /// As many reads as writes of its kind.
+    fn pairs(self, medium: Medium) -> Row {
+        let (random, block_size, depth) = match self {
+            Self::Random => (true, 4096, 32),
+            Self::Sequential => (false, 1 << 20, 4),
+        };
+        Row { name: self.row(medium), medium, mix: PAIRS, random, block_size, depth }
     }
 }
 
@@ -112,7 +123,18 @@ pub(crate) fn round(bench: &Bench, options: &Options, round: usize, results: &mu
                     Err(error) => results.failures.push(format!("{row} {}: {error:#}", server.name())),
                 }
             }
-            judge(load, medium, &rates, results);
+            let pairs = if medium == Medium::Disk && options.wants(Contender::Fio) {
+                match bench.fio(&load.pairs(medium), options.seconds()) {
+                    Ok(outcome) => Some(outcome.iops),
+                    Err(error) => {
+                        results.failures.push(format!("{row} fio: {error:#}"));
+                        None
+                    }
+                }
+            } else {
+                None
+            };
+            judge(load, medium, &rates, pairs, results);
         }
     }
 }
@@ -133,7 +155,7 @@ impl Rates {
     }
 }
 
-fn judge(load: Load, medium: Medium, rates: &Rates, results: &mut Results) {
+fn judge(load: Load, medium: Medium, rates: &Rates, pairs: Option<f64>, results: &mut Results) {
     let row = load.row(medium);
     let ours = |state| rates.of(Contender::Ebbtide, state);
     let theirs = |state| rates.of(Contender::Qsd, state);
@@ -143,13 +165,8 @@ fn judge(load: Load, medium: Medium, rates: &Rates, results: &mut Results) {
     if load == Load::Sequential {
         ratio("first touch ÷ qsd's", Some(Goal::AtLeast(1.3)), ours(FIRST), theirs(FIRST));
         ratio("first touch ÷ own without a snapshot", None, ours(FIRST), ours(NONE));
-        ratio("first touch ÷ a read and a write", None, ours(FIRST), both(ours(READS), ours(NONE)));
-        ratio(
-            "first touch ÷ a read and a write, qsd",
-            None,
-            theirs(FIRST),
-            both(theirs(READS), theirs(NONE)),
-        );
+        ratio(OF_PAIRS, None, ours(FIRST), pairs);
+        ratio("a read and a write of fio's ÷ own without a snapshot", None, pairs, ours(NONE));
         return;
     }
     // In memory a copy costs about what the write itself costs; on a disk the write takes longer.
@@ -158,14 +175,10 @@ fn judge(load: Load, medium: Medium, rates: &Rates, results: &mut Results) {
     ratio("first touch, dense ÷ qsd's", None, ours(DENSE), theirs(DENSE));
     ratio("first touch ÷ own without a snapshot", of_own, ours(FIRST), ours(NONE));
     ratio("first touch, dense ÷ own without a snapshot", of_own, ours(DENSE), ours(NONE));
-    ratio("first touch ÷ a read and a write", None, ours(FIRST), both(ours(READS), ours(NONE)));
+    ratio(OF_PAIRS, None, ours(FIRST), pairs);
+    ratio("a read and a write of fio's ÷ own without a snapshot", None, pairs, ours(NONE));
     ratio("all touched ÷ own without a snapshot", Some(Goal::AtLeast(0.95)), ours(ALL), ours(NONE));
     ratio("all touched ÷ own without a snapshot, qsd", None, theirs(ALL), theirs(NONE));
-}
-
-/// The rate of a read and a write each, where the medium does one thing at a time.
-fn both(reads: Option<f64>, writes: Option<f64>) -> Option<f64> {
-    Some(1.0 / (1.0 / reads? + 1.0 / writes?))
 }
 
 fn random(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches> {
@@ -207,15 +220,15 @@ fn random(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches>
 fn sequential(bench: &Bench, options: &Options, setup: Setup<'_>) -> Result<Touches> {
     let mut subject = Subject::start(bench, setup)?;
     let requests = options.size_bytes() / LARGE_BYTES;
-    let once = |subject: &Subject<'_>, mix: &str| {
+    let once = |subject: &Subject<'_>| {
         subject.load(|load| {
-            load.args(["--mix", mix, "--depth", "4", "--pattern", "sequential"]);
+            load.args(["--mix", "write", "--depth", "4", "--pattern", "sequential"]);
             load.args(["--block-size", &LARGE_BYTES.to_string(), "--requests", &requests.to_string()]);
         })
     };
-    let mut touches = vec![(NONE, once(&subject, "write")?), (READS, once(&subject, "read")?)];
+    let mut touches = vec![(NONE, once(&subject)?)];
     subject.take()?;
-    touches.push((FIRST, once(&subject, "write")?));
+    touches.push((FIRST, once(&subject)?));
     subject.expect_preserved(requests * LARGE_BYTES)?;
     subject.stop()?;
     Ok(touches)
