@@ -3,6 +3,7 @@
 //! Invariant: cells only grow within a generation, and are marked before the data is submitted.
 //! Absent: the current epoch and who may freeze a page; the engine's `Tracker` owns both.
 
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::units::{BlockGrid, ByteRange};
@@ -86,16 +87,28 @@ impl<C: Cells> Map<C> {
     ///
     /// Analogue: blksnap's `cbt_map_set`.
     pub fn mark(&self, range: ByteRange, epoch: Epoch) {
-        assert!(range.end() <= self.capacity, "{range} passes the disk's end at {}", self.capacity);
-        let blocks = self.grid.covering(range);
-        // Both ends are below the number of cells, which is a usize.
-        let (first, end) = (to_index(blocks.start), to_index(blocks.end));
-        for cell in &self.cells.cells()[first..end] {
+        for cell in self.cells_of(range) {
             // A hot block's line stays shared between the queues' processors: no store if it holds.
             if cell.load(Relaxed) != epoch.get() {
                 cell.store(epoch.get(), Relaxed);
             }
         }
+    }
+
+    /// Whether [`Map::mark`] would change nothing.
+    ///
+    /// # Panics
+    /// As [`Map::mark`].
+    pub fn is_marked(&self, range: ByteRange, epoch: Epoch) -> bool {
+        self.cells_of(range).iter().all(|cell| cell.load(Relaxed) == epoch.get())
+    }
+
+    /// The cells of all blocks that `range` touches.
+    fn cells_of(&self, range: ByteRange) -> &[AtomicU32] {
+        assert!(range.end() <= self.capacity, "{range} passes the disk's end at {}", self.capacity);
+        let blocks = self.grid.covering(range);
+        // Both ends are below the number of cells, which is a usize.
+        &self.cells.cells()[to_index(blocks.start)..to_index(blocks.end)]
     }
 
     /// Copies a page's cells into `out`, as they are now.
@@ -122,7 +135,6 @@ fn to_index(n: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::sync::atomic::AtomicU32;
 
     use proptest::prelude::*;
 
@@ -190,6 +202,8 @@ mod tests {
             for (start, len, epoch) in sorted {
                 let range = ByteRange::new(start, (start + len).min(capacity));
                 map.mark(range, Epoch::new(epoch));
+                prop_assert!(map.is_marked(range, Epoch::new(epoch)));
+                prop_assert!(range.is_empty() || !map.is_marked(range, Epoch::new(epoch + 1)));
                 for block in map.grid().covering(range) {
                     model.insert(block, epoch);
                 }

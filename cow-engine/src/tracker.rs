@@ -240,9 +240,12 @@ impl<C: Cells> Tracker<C> {
     }
 
     pub(crate) fn mark(&self, range: ByteRange, epoch: Epoch) {
-        // First: who finds the mark finds its page.
-        self.marked.note(self.pages_of(range));
-        self.map.mark(range, epoch);
+        // What is marked already was noted by whoever did it, or was there before the map was mapped.
+        if !self.map.is_marked(range, epoch) {
+            // First: who finds the mark finds its page.
+            self.marked.note(self.pages_of(range));
+            self.map.mark(range, epoch);
+        }
     }
 
     /// The pages that may hold marks.
