@@ -7,7 +7,7 @@
 //! that both leave in one write without a copy.
 //!
 //! The price of recycling: a buffer keeps the bytes of an earlier request until overwritten.
-//! They are the same client's, and a reply is sent only when its read succeeded as a whole.
+//! They are the same client's, and nothing is sent of a piece whose read did not succeed as a whole.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
