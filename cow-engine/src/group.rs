@@ -8,6 +8,7 @@
 //! open the gates
 //! flush the images                   (the answer waits for this, the guests do not)
 //! heads say "active"
+//! look whether one broke meanwhile  (an answer tells of no snapshot that cannot be read; later breaks are events)
 //! ```
 //!
 //! A stop before the first "active" leaves prepared snapshots that nobody was told of: they are dropped
@@ -71,7 +72,8 @@ pub struct Instant {
 /// to end; reads do not wait.
 ///
 /// # Errors
-/// [`Error::SnapshotExists`], [`Error::CheckpointExists`], [`Error::BadName`], [`Error::RewindActive`]; [`Error::GateTimeout`] if writes in flight did not end
+/// [`Error::SnapshotExists`], [`Error::CheckpointExists`], [`Error::BadName`], [`Error::RewindActive`];
+/// [`Error::SnapshotBroken`] if it broke before it could be told of; [`Error::GateTimeout`] if writes in flight did not end
 /// within `deadline`; those of the files. After an error none of the disks has the snapshot.
 pub async fn create<S: Storage>(
     admin: &mut Admin,
@@ -178,7 +180,8 @@ async fn prepare<S: Storage>(
         disk.control.set_records(sequence, 0);
         let snapshot = Snapshot::create(io, &disk.dir, header).await?;
         // Before anything is preserved into it: an older one that names it knows when it is lost.
-        if let Some(older) = disk.chain.now().last() {
+        let chain = disk.chain.now();
+        for older in chain.iter().filter(|one| ends(one, &chain)) {
             older.set_newer(io, sequence).await?;
         }
         disk.write_superblock(io, |superblock| superblock.epoch = superblock.epoch.max(next)).await?;
@@ -191,6 +194,12 @@ async fn prepare<S: Storage>(
             Err(error)
         }
     }
+}
+
+/// Whether the next newer one of `one` is yet to come: it is the newest, or what it named is merged, and the file of that
+/// could not be removed. The next start removes it, and must find that this one leads on.
+fn ends<S: Storage>(one: &Arc<Snapshot<S>>, chain: &[Arc<Snapshot<S>>]) -> bool {
+    one.newer() == 0 || chain.last().is_some_and(|last| Arc::ptr_eq(last, one))
 }
 
 /// The instant. Either every disk is flipped, or none and the gates are open again.
@@ -241,6 +250,11 @@ async fn confirm<S: Storage>(io: &S, prepared: &[Prepared<S>]) -> Result<(), Err
     }
     for one in prepared {
         activate(io, &one.disk, &one.snapshot).await?;
+        // Looked for once it is active: what breaks it from then on is told by an event.
+        if let Some(reason) = one.snapshot.broken() {
+            let name = one.snapshot.name.clone();
+            return Err(Error::SnapshotBroken { name, reason: reason.to_owned() });
+        }
     }
     Ok(())
 }
@@ -264,10 +278,10 @@ async fn abandon<S: Storage>(io: &S, prepared: &[Prepared<S>]) {
 
 /// Removes the file of a snapshot that is not in the chain, once no older one names it.
 async fn withdraw<S: Storage>(io: &S, disk: &Disk<S>, sequence: u32) {
-    let forgotten = match disk.chain.now().last() {
-        Some(older) if older.newer() == sequence => older.set_newer(io, 0).await,
-        _ => Ok(()),
-    };
+    let mut forgotten = Ok(());
+    for older in disk.chain.now().iter().filter(|one| one.newer() == sequence) {
+        forgotten = forgotten.and(older.set_newer(io, 0).await);
+    }
     // What is left is found prepared at the next start, and deleted then.
     let removed = forgotten.and_then(|()| Snapshot::<S>::remove_file(io, &disk.dir, sequence));
     if let Err(error) = removed {

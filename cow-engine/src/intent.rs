@@ -196,6 +196,8 @@ impl<S: Storage> Intent<S> {
         }
         let sectors = self.sectors_for(capacity);
         self.make_room(index(sectors) * WORDS);
+        // Were this flush to fail beside one that makes regions hot, that one would succeed over what was lost.
+        let _turn = self.turn().await;
         self.extend(io, self.sectors_for(now), capacity).await?;
         self.capacity.store(capacity, Release);
         Ok(())
@@ -429,6 +431,20 @@ impl<S: Storage> Intent<S> {
         Ok(())
     }
 
+    /// Waits until nobody else writes the file.
+    async fn turn(&self) -> Turn<'_, S> {
+        poll_fn(|cx| {
+            let mut log = self.log();
+            if log.busy {
+                log.waiting.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            log.busy = true;
+            Poll::Ready(Turn { intent: self })
+        })
+        .await
+    }
+
     /// Makes regions cold in which nothing changed since it was called last. `sync_map` makes the change map
     /// durable.
     ///
@@ -455,16 +471,7 @@ impl<S: Storage> Intent<S> {
         // Whoever saw a region hot before this has marked before that: its mark is made durable now.
         fence(SeqCst);
         sync_map().await?;
-        let _turn = poll_fn(|cx| {
-            let mut log = self.log();
-            if log.busy {
-                log.waiting.push(cx.waker().clone());
-                return Poll::Pending;
-            }
-            log.busy = true;
-            Poll::Ready(Turn { intent: self })
-        })
-        .await;
+        let _turn = self.turn().await;
         // Some were made hot again meanwhile.
         cooled.retain(|region| !self.is_hot(*region));
         {

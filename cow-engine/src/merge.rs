@@ -72,9 +72,9 @@ impl<S: Storage> Disk<S> {
         let is_deleted = |one: &Snapshot<S>| one.state() == SnapshotState::Deleted;
         // Nobody reads through a broken one, so nothing newer is needed for its sake.
         let unread = list.iter().take_while(|one| is_deleted(one) || one.broken().is_some());
-        let deleted: Vec<_> = unread.filter(|one| is_deleted(one)).collect();
-        // The newest first: what passed to an older one is then seen to be that one's.
-        for snapshot in deleted.into_iter().rev() {
+        // The oldest first: a record of it that nobody published may name a slot of a newer one, which is not given
+        // back while the record's file is there.
+        for snapshot in unread.filter(|one| is_deleted(one)) {
             self.drop_snapshot(io, snapshot).await?;
         }
         Ok(())

@@ -23,7 +23,9 @@
 //! A rewind that was under way goes on in every row: its list of grains, its slots and what of them is back
 //! are durable by themselves. Where that cannot be, the disk is not opened; [`crate::rewind`] tells when.
 //!
-//! An opening that begins a generation flushes the image before: what is there is the beginning that it tells.
+//! An opening that begins a generation flushes the image before: what is there is the beginning that it tells. So does
+//! one after a kill: the epoch may have been reserved by a creation that did not come to flush the image, or the superblock
+//! have a generation whose beginning failed, and yet that instant is told.
 //!
 //! A map that is missing, or of a length that is not its own, takes the snapshots with it: its first page
 //! may have said that some are broken.
@@ -354,11 +356,15 @@ impl<S: Storage> Disk<S> {
         };
         let (overlays, dropped) = Overlays::load(io, &left).await?;
         report.overlays_dropped = dropped;
-        let (checkpoints, lost) = Checkpoints::load(io, &options.dir, &names, report.unclean).await?;
+        let (checkpoints, lost) = Checkpoints::load(io, &options.dir, &names).await?;
         report.checkpoints_lost = lost;
         let forgets_size = begun.is_some() && next.growing_to.is_none();
-        if verdict.reset.is_some() || forgets_size {
-            settle_image(io, &options.image, old_words.as_ref()).await?;
+        if verdict.reset.is_some() || report.unclean && this_boot {
+            let settled = settle_image(io, &options.image, old_words.as_ref()).await;
+            if verdict.reset.is_some() || forgets_size {
+                settled?;
+            }
+            // Else it was noted, and a stop of the host ends the history.
         }
         if let Some(reason) = &verdict.reset {
             // The old generation ends durably before its map is cleared or replaced: a stop between
@@ -539,7 +545,9 @@ impl<S: Storage> Disk<S> {
         io.sync_dir(&self.dir).map_err(Error::io("flushing the state directory"))?;
         let identity = identity().map_err(Error::io("asking for the image's identity"))?;
         self.write_superblock(io, |superblock| {
-            if superblock.state == DiskState::HandedOver {
+            // A flush that a guest asks for does not pass the gate, and may have failed meanwhile. One that fails later
+            // writes the superblock after this.
+            if superblock.state == DiskState::HandedOver || self.control.flush_failed() {
                 // With the identity of that instant.
                 return;
             }
@@ -547,7 +555,8 @@ impl<S: Storage> Disk<S> {
             superblock.state = if doubt { DiskState::Doubtful } else { DiskState::Clean };
             superblock.identity = identity;
         })
-        .await
+        .await?;
+        if self.control.flush_failed() { Err(Error::Poisoned) } else { Ok(()) }
     }
 }
 
@@ -555,7 +564,8 @@ impl<S: Storage> Disk<S> {
 ///
 /// Of a new generation the beginning is told, and no mark in it, nor a hot region, tells of what was changed before:
 /// were that in the page cache only, a power cut would take it back without a trace. Were the size of a resize that was
-/// cut off forgotten before, a power cut could bring that length back, and nobody could explain it.
+/// cut off forgotten before, a power cut could bring that length back, and nobody could explain it. Of an instant that is
+/// told the same is true as of a beginning.
 async fn settle_image<S: Storage>(
     io: &S,
     image: &S::File,

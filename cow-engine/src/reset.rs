@@ -25,8 +25,8 @@
 //! mark changes in an epoch that lies at or before the beginning that was told.
 //!
 //! If the write fails, the old generation goes on, though the medium may have the new one: a start that finds it there
-//! serves it and tells its beginning, before which changes were made that are not on their medium. So it is noted, without
-//! fail, that a stop of the host ends it. The next write of the superblock goes over the same copy.
+//! serves it and tells its beginning, before which changes were made that are not on their medium. That start flushes the
+//! image first ([`crate::open`]). The next write of the superblock goes over the same copy.
 //!
 //! A stop after the second line and before the last loses reasons only: that a checkpoint is of another
 //! generation is seen from its own.
@@ -92,18 +92,13 @@ impl<S: Storage> Disk<S> {
         };
         self.flush_before(io, switched_off).await?;
         let began = Began { code: reason.code(), at_ns: now_ns() };
-        let written = self.write_superblock(io, |superblock| {
+        self.write_superblock(io, |superblock| {
             superblock.generation = generation;
             superblock.epoch = next;
             (superblock.began_reason, superblock.began_ns) = (reason.number(), began.at_ns);
             superblock.switched_off = switched_off;
-        });
-        if let Err(error) = written.await {
-            if !switched_off {
-                self.doubt_beginning();
-            }
-            return Err(error);
-        }
+        })
+        .await?;
         self.switched_off.store(switched_off, SeqCst);
         self.history.begin_generation(generation, next);
         drop(closed);

@@ -421,14 +421,11 @@ impl<S: Storage> Snapshot<S> {
         self.newer.load(SeqCst)
     }
 
-    /// Names another one as the next newer, in the head too.
+    /// Names another one as the next newer, in the head too. After an error the head may name either, and says the
+    /// new one once it is written again.
     pub(crate) async fn set_newer(&self, io: &S, newer: u32) -> Result<(), Error> {
-        let before = self.newer.swap(newer, SeqCst);
-        let written = self.write_head(io).await;
-        if written.is_err() {
-            self.newer.store(before, SeqCst);
-        }
-        written
+        self.newer.store(newer, SeqCst);
+        self.write_head(io).await
     }
 
     /// Whether `key` is preserved here, or need not be since it was released.

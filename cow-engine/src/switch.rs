@@ -21,8 +21,8 @@
 //! behind the gate, a daemon that is killed after the write would leave a generation of which the next one tells
 //! the beginning, and a stop of the host would take back changes that have no mark and whose regions are cold.
 //! If the write fails, the medium may have the new generation while changes go on without marks. The
-//! next daemon would go on with it, so it is noted, without fail, that a stop of the host ends it: within one boot
-//! nothing that is answered is taken back, and marks begin before that daemon tells an instant.
+//! next daemon goes on with it, and flushes the image before it tells its beginning: what was changed without a mark
+//! is on its medium then, and marks begin before that.
 //!
 //! Pages of the map are marked in the new generation without being frozen for snapshots of older ones. A reader of such a
 //! snapshot looks for the generation after it copied a page, so it tells no page that was marked since.
@@ -98,11 +98,5 @@ impl<S: Storage> Disk<S> {
     /// The tracker, if changes are marked now.
     pub(crate) fn marking(&self) -> Option<&ArcSwap<Tracker<S::Cells>>> {
         self.tracker.as_ref().filter(|_| !self.is_switched_off())
-    }
-
-    /// The medium may have a generation before whose beginning not every change is durable, or marked: a stop of the host
-    /// ends it.
-    pub(crate) fn doubt_beginning(&self) {
-        self.control.note_map_in_doubt(&self.boot());
     }
 }

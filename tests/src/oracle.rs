@@ -514,6 +514,18 @@ impl Oracle {
         self.disks.iter_mut().for_each(|disk| disk.distrusted = false);
     }
 
+    /// After a power cut: what is past the end, where nobody can look, may be as old as what was durable.
+    pub fn settle_past_end(&mut self, disk: usize) {
+        let now = self.now();
+        for sector in self.past(disk, self.disks[disk].capacity) {
+            for entry in self.durable_window(disk, sector) {
+                let change = self.changes.len();
+                self.changes.push(Change::perhaps(self.value(&entry), now));
+                self.disks[disk].sectors.entry(sector).or_default().push(Entry { change, seen: None });
+            }
+        }
+    }
+
     /// Judges a disk's being closed in order, by a command that began at `issued`.
     pub fn closed(&mut self, disk: usize, issued: u64) -> Verdict {
         if self.disks[disk].distrusted {
@@ -661,10 +673,10 @@ impl Oracle {
         floor.is_none().then_some(None).into_iter().chain(later).collect()
     }
 
-    /// The image of `disk` was changed from outside at `at`, as change number `number` says.
-    pub fn changed_offline(&mut self, disk: usize, sectors: Range<u64>) -> usize {
+    /// The image of `disk` was changed from outside, durably or not; the number of the change.
+    pub fn changed_offline(&mut self, disk: usize, sectors: Range<u64>, durable: bool) -> usize {
         let number = self.issue(disk, sectors, false, true);
-        self.answer(disk, number, true, true);
+        self.answer(disk, number, true, durable);
         number
     }
 
@@ -753,14 +765,19 @@ impl Oracle {
         groups.filter_map(|group| group.members.get_mut(&disk)).for_each(|member| member.broken = true);
     }
 
+    /// Whether it was told that a snapshot broke.
+    pub fn is_broken(&self, disk: usize, name: &str) -> bool {
+        let groups = self.groups.iter().filter(|group| group.name == name);
+        groups.filter_map(|group| group.members.get(&disk)).any(|member| member.broken)
+    }
+
     /// Judges whether a snapshot that a start found is broken if it was left so.
     pub fn found_whole(&mut self, disk: usize, name: &str, whole: bool) -> Verdict {
         if !whole {
             self.broke(disk, name);
             return Ok(());
         }
-        let groups = self.groups.iter().filter(|group| group.name == name);
-        match groups.filter_map(|group| group.members.get(&disk)).any(|member| member.broken) {
+        match self.is_broken(disk, name) {
             true => Err(format!("disk {disk}: snapshot {name} had broken, and is whole")),
             false => Ok(()),
         }

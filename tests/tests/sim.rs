@@ -12,6 +12,8 @@
 
 #[path = "sim/checkpoints.rs"]
 mod checkpoints;
+#[path = "sim/deletions.rs"]
+mod deletions;
 #[path = "sim/moves.rs"]
 mod moves;
 #[path = "sim/overlays.rs"]
@@ -185,6 +187,18 @@ fn damaged_checkpoints_are_noticed() {
 fn a_store_without_space_costs_what_was_chosen() {
     let profile = Profile { power: 2, short: true, ..Profile::STRICT };
     suite("a_store_without_space_costs_what_was_chosen", 13_000_000, profile);
+}
+
+#[test]
+fn deletions_are_cut_off_anywhere() {
+    let profile = Profile { power: 1, deletes: true, ..Profile::STRICT };
+    suite("deletions_are_cut_off_anywhere", 22_000_000, profile);
+}
+
+#[test]
+fn deletions_survive_faults() {
+    let profile = Profile { power: 1, deletes: true, faults: true, ..Profile::STRICT };
+    suite("deletions_survive_faults", 23_000_000, profile);
 }
 
 #[test]

@@ -41,17 +41,17 @@ impl Checkpoints {
     /// Reads the heads of the checkpoints that were left, and removes what cannot be one.
     ///
     /// An error that may pass is the caller's, and nothing was changed.
-    /// With `flush` they are made durable: a process that was killed may have written heads and not flushed them.
+    /// They are made durable: a process that was killed may have written heads and not flushed them, and a flush of one
+    /// that could not be removed may have failed.
     pub(crate) async fn load<S: Storage>(
         io: &S,
         dir: &S::Dir,
         names: &[String],
-        flush: bool,
     ) -> Result<(Self, Lost), Error> {
         let (mut list, mut unmade, mut lost) = (Vec::new(), Vec::new(), Vec::new());
         let numbers = numbers(names);
         for &number in &numbers {
-            match load_one(io, dir, number, flush).await {
+            match load_one(io, dir, number).await {
                 Ok(Some(one)) => list.push(Arc::new(one)),
                 Ok(None) => unmade.push(number),
                 Err(error) if !error.is_damage() => return Err(error),
@@ -145,12 +145,7 @@ impl Checkpoint {
 }
 
 /// Reads a checkpoint's head; `None` if it was never written.
-async fn load_one<S: Storage>(
-    io: &S,
-    dir: &S::Dir,
-    number: u32,
-    flush: bool,
-) -> Result<Option<Checkpoint>, Error> {
+async fn load_one<S: Storage>(io: &S, dir: &S::Dir, number: u32) -> Result<Option<Checkpoint>, Error> {
     let fail = || Error::io("reading a checkpoint");
     let file = io.open(dir, &file_of(number)).map_err(fail())?;
     let len = io.len(&file).map_err(fail())?;
@@ -163,9 +158,8 @@ async fn load_one<S: Storage>(
         return Ok(None);
     }
     let head = Head::from_page(&page).ok_or(Error::Corrupt { what: "the head of a checkpoint", at: 0 })?;
-    if flush {
-        io.sync(&file).await.map_err(fail())?;
-    }
+    // Written again: a flush of it that failed is not made good by another one.
+    write_head(io, &file, &head).await?;
     let needed = head.file_len();
     let one = Checkpoint::new(number, head, len);
     if len < needed {

@@ -100,8 +100,8 @@ impl Sim {
         self.world.borrow_mut().file(file.id()).read(at, out);
     }
 
-    /// Changes an image while no engine has it open, durably; its time of change is set back if `unseen`.
-    pub fn change_offline(&self, file: SimFile, at: u64, bytes: &[u8], unseen: bool) {
+    /// Changes an image while no engine has it open; its time of change is set back if `unseen`.
+    pub fn change_offline(&self, file: SimFile, at: u64, bytes: &[u8], unseen: bool, durable: bool) {
         let mut world = self.world.borrow_mut();
         world.step();
         // Later than what was in flight when the process ended.
@@ -110,8 +110,10 @@ impl Sim {
         let file = world.file(file.id());
         let now = if unseen { file.mtime } else { now };
         file.write(at, bytes, now);
-        let captured = file.capture();
-        file.finish_sync(&captured);
+        if durable {
+            let captured = file.capture();
+            file.finish_sync(&captured);
+        }
     }
 
     /// Damages a state file while no engine has it open, durably. Does nothing if there is no such file.
@@ -137,6 +139,11 @@ impl Sim {
     /// A directory as a process that begins now would find it.
     pub fn files(&self, dir: SimDir) -> super::SimFiles {
         super::SimFiles::new(self.world.clone(), dir)
+    }
+
+    /// Whether a directory has a name.
+    pub fn has(&self, dir: SimDir, name: &str) -> bool {
+        self.world.borrow().dirs[dir.index()].names.contains_key(name)
     }
 
     /// Bytes of a state file; 0 if there is no such file.

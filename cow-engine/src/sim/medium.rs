@@ -126,6 +126,8 @@ pub(super) struct File {
     pub(super) kind: FileKind,
     pub(super) len: u64,
     durable_len: u64,
+    /// Lengths that it was given since the last sync, in this order: the medium may have come to any of them.
+    lens: Vec<u64>,
     pub(super) mtime: u64,
     durable_mtime: u64,
     pub(super) failed_syncs: u64,
@@ -143,6 +145,7 @@ impl File {
             kind,
             len,
             durable_len: if kind == FileKind::Image { len } else { 0 },
+            lens: Vec::new(),
             mtime: 0,
             durable_mtime: 0,
             failed_syncs: 0,
@@ -227,6 +230,7 @@ impl File {
             }
         }
         self.durable_len = self.len;
+        self.lens.clear();
         self.durable_mtime = self.mtime;
         self.cut_off.clear();
     }
@@ -263,6 +267,7 @@ impl File {
             }
         }
         self.len = len;
+        self.lens.push(len);
         self.mtime = now;
         if let Some(mapped) = &mut self.mapped {
             let count = usize::try_from(len / 4).unwrap_or(usize::MAX).min(mapped.synced.len());
@@ -300,6 +305,7 @@ impl File {
             }
         }
         self.durable_len = self.len;
+        self.lens.clear();
     }
 
     /// A sync of the first `count` cells has failed: what had changed is clean, and not durable.
@@ -330,8 +336,17 @@ impl File {
     /// What was not synced is, sector by sector, there or not.
     pub(super) fn power_cut(&mut self, random: &mut Random) {
         let keep = Keep::random(random);
-        if self.len < self.durable_len && !keep.flip(random) {
-            self.bring_back();
+        let len = match keep {
+            Keep::All => self.len,
+            Keep::None => self.durable_len,
+            Keep::Some(_) => {
+                let ends = [self.durable_len, self.len].into_iter();
+                *random.pick(&ends.chain(self.lens.drain(..)).collect::<Vec<_>>())
+            }
+        };
+        self.lens.clear();
+        if len > self.len {
+            self.bring_back(len);
         }
         self.cut_off.clear();
         for page in self.pages.values_mut() {
@@ -346,8 +361,8 @@ impl File {
             }
             page.clean(unsynced);
         }
-        if self.len > self.durable_len && !keep.flip(random) {
-            self.cut_to(self.durable_len);
+        if len < self.len {
+            self.cut_to(len);
         }
         self.durable_len = self.len;
         if !keep.flip(random) {
@@ -424,8 +439,8 @@ impl File {
         beyond
     }
 
-    /// The file has the length again that is durable, and what was cut off.
-    fn bring_back(&mut self) {
+    /// The file has a length again that it had, and what was cut off; anything else is zeros.
+    fn bring_back(&mut self, len: u64) {
         let rest = usize::try_from(self.len % PAGE as u64).unwrap_or(0);
         for (index, cut) in std::mem::take(&mut self.cut_off) {
             match self.pages.get_mut(&index) {
@@ -433,7 +448,11 @@ impl File {
                 None => drop(self.pages.insert(index, cut)),
             }
         }
-        self.len = self.durable_len;
+        self.len = self.durable_len.max(self.len);
+        if len < self.len {
+            self.cut_to(len);
+        }
+        self.len = len;
     }
 }
 
@@ -504,7 +523,8 @@ impl Dir {
 
     /// Of the changes since the last sync, a random beginning is kept: a journal keeps their order.
     pub(super) fn power_cut(&mut self, random: &mut Random) {
-        let keep = random.index(self.pending.len() + 1);
+        // Nothing of it more often than by chance.
+        let keep = if random.one_in(4) { 0 } else { random.index(self.pending.len() + 1) };
         for change in self.pending.drain(..).take(keep) {
             match change {
                 Change::Made(name, file) => {

@@ -1,8 +1,9 @@
 //! The [`Storage`] seam on the simulated host.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use cbt::{ByteRange, Cells};
 
 use super::FileKind;
 use super::medium::PAGE;
-use super::world::{OpKind, Work, World};
+use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World};
 use crate::areas::{AreaKind, OpenedArea};
 use crate::memory::{Source, Target};
 use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
@@ -23,6 +24,15 @@ use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
 #[derive(Clone)]
 pub struct SimStorage {
     world: Rc<RefCell<World>>,
+    fate: Option<Rc<Fate>>,
+}
+
+/// See [`SimStorage::fated`].
+struct Fate {
+    only: Option<OpKind>,
+    fails: Range<u64>,
+    dies: u64,
+    count: Cell<u64>,
 }
 
 /// An open file of a simulated host.
@@ -121,17 +131,46 @@ impl Drop for Waiting {
 
 impl SimStorage {
     pub(super) fn new(world: Rc<RefCell<World>>) -> Self {
-        Self { world }
+        Self { world, fate: None }
+    }
+
+    /// The same host for who is not to come to an end: of the operations that are begun through this, counted from 0,
+    /// those of `fails` fail, and the process dies during that of number `dies` or soon after it. With `only` those of that
+    /// kind are counted.
+    pub fn fated(&self, only: Option<OpKind>, fails: Range<u64>, dies: u64) -> Self {
+        let fate = Fate { only, fails, dies, count: Cell::new(0) };
+        Self { world: self.world.clone(), fate: Some(Rc::new(fate)) }
+    }
+
+    /// Counts an operation; whether it is one that fails.
+    fn fails(&self, op: OpKind) -> bool {
+        let Some(fate) = &self.fate else { return false };
+        if fate.only.is_some_and(|only| only != op) {
+            return false;
+        }
+        let number = fate.count.replace(fate.count.get() + 1);
+        if number == fate.dies {
+            let within = 1 << self.world.borrow_mut().random.below(5);
+            self.die_within(within);
+        }
+        fate.fails.contains(&number)
     }
 
     fn start(&self, file: u64, work: Work) -> Waiting {
+        let fails = work.kind().is_some_and(|op| self.fails(op));
         let mut world = self.world.borrow_mut();
-        let id = (!world.is_dead()).then(|| world.begin(file, work));
+        let id = (!world.is_dead()).then(|| world.begin(file, work, fails));
         Waiting { world: self.world.clone(), id }
     }
 
     fn call(&self, op: OpKind) -> io::Result<()> {
-        self.world.borrow_mut().call(op, FileKind::State)
+        self.call_on(op, FileKind::State)
+    }
+
+    fn call_on(&self, op: OpKind, file: FileKind) -> io::Result<()> {
+        let fails = self.fails(op);
+        self.world.borrow_mut().call(op, file)?;
+        if fails { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
     }
 
     /// Lets others have a turn.
@@ -257,7 +296,7 @@ impl Storage for SimStorage {
     }
 
     fn set_len(&self, file: &SimFile, len: u64) -> io::Result<()> {
-        self.world.borrow_mut().call(OpKind::SetLen, file.kind)?;
+        self.call_on(OpKind::SetLen, file.kind)?;
         let mut world = self.world.borrow_mut();
         let now = world.now();
         world.file(file.id).set_len(len, now);
@@ -341,7 +380,8 @@ impl Storage for SimStorage {
         Ok(())
     }
 
-    async fn sleep(&self, _time: Duration) {
-        let _ = self.start(0, Work::Timer).await;
+    async fn sleep(&self, time: Duration) {
+        let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let _ = self.start(0, Work::Timer { one_in: millis.clamp(SHORT_TIMER, LONG_TIMER) }).await;
     }
 }

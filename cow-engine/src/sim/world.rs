@@ -89,12 +89,40 @@ pub enum Damage {
 }
 
 pub(super) enum Work {
-    Read { at: u64, buffer: Vec<u8> },
-    Write { at: u64, bytes: Vec<u8>, durable: bool },
-    Zero { at: u64, len: usize, unmap: bool },
-    Sync { captured: Captured },
-    Timer,
+    Read {
+        at: u64,
+        buffer: Vec<u8>,
+    },
+    Write {
+        at: u64,
+        bytes: Vec<u8>,
+        durable: bool,
+    },
+    Zero {
+        at: u64,
+        len: usize,
+        unmap: bool,
+    },
+    Sync {
+        captured: Captured,
+    },
+    /// Fires once in so many of its turns.
+    Timer {
+        one_in: u64,
+    },
     Turn,
+}
+
+impl Work {
+    pub(super) fn kind(&self) -> Option<OpKind> {
+        match self {
+            Self::Read { .. } => Some(OpKind::Read),
+            Self::Write { .. } => Some(OpKind::Write),
+            Self::Zero { .. } => Some(OpKind::Zero),
+            Self::Sync { .. } => Some(OpKind::Sync),
+            Self::Timer { .. } | Self::Turn => None,
+        }
+    }
 }
 
 pub(super) struct Op {
@@ -140,8 +168,9 @@ pub(super) struct World {
     pub(super) task_bias: u64,
 }
 
-/// Once in so many steps a timer fires that others do not wait for.
-const TIMER_ONE_IN: u64 = 1500;
+/// Once in so many turns the shortest and the longest timers fire; others by their milliseconds.
+pub(super) const SHORT_TIMER: u64 = 30;
+pub(super) const LONG_TIMER: u64 = 1500;
 
 impl World {
     pub(super) fn new(seed: u64) -> Self {
@@ -230,23 +259,20 @@ impl World {
         None
     }
 
-    /// Begins an operation; its id.
-    pub(super) fn begin(&mut self, file: u64, mut work: Work) -> u64 {
+    /// Begins an operation, which `fails` or does so by chance; its id.
+    pub(super) fn begin(&mut self, file: u64, mut work: Work, fails: bool) -> u64 {
         let kind = self.files.get(&file).map_or(FileKind::State, |file| file.kind);
         let mut pieces = match &work {
             Work::Read { buffer, .. } => self.pieces(kind, 0, buffer.len()),
             Work::Write { at, bytes, .. } => self.pieces(kind, *at, bytes.len()),
             Work::Zero { len, .. } => self.pieces(kind, 0, *len),
-            Work::Sync { .. } | Work::Timer | Work::Turn => Vec::new(),
+            Work::Sync { .. } | Work::Timer { .. } | Work::Turn => Vec::new(),
         };
-        let op = match &work {
-            Work::Read { .. } => Some(OpKind::Read),
-            Work::Write { .. } => Some(OpKind::Write),
-            Work::Zero { .. } => Some(OpKind::Zero),
-            Work::Sync { .. } => Some(OpKind::Sync),
-            Work::Timer | Work::Turn => None,
-        };
+        let op = work.kind();
         let mut error = op.and_then(|op| self.fault(op, kind));
+        if fails {
+            error.get_or_insert(io::ErrorKind::Other);
+        }
         if op == Some(OpKind::Sync)
             && let Some(file) = self.files.get_mut(&file)
             && std::mem::take(&mut file.untold_failure)
@@ -272,7 +298,7 @@ impl World {
             }
             _ => {}
         }
-        let slow = !matches!(work, Work::Timer | Work::Turn) && self.random.one_in(self.slow);
+        let slow = !matches!(work, Work::Timer { .. } | Work::Turn) && self.random.one_in(self.slow);
         let patience = if slow { self.random.below(60) } else { 0 };
         let id = self.next_op;
         self.next_op += 1;
@@ -304,7 +330,7 @@ impl World {
 
     /// Whether an operation can go on without a timer firing.
     pub(super) fn has_work(&self) -> bool {
-        self.ops.iter().any(|op| op.is_going() && !matches!(op.work, Work::Timer))
+        self.ops.iter().any(|op| op.is_going() && !matches!(op.work, Work::Timer { .. }))
     }
 
     /// One turn of one operation in flight, chosen at random.
@@ -318,7 +344,9 @@ impl World {
         else {
             return;
         };
-        if matches!(self.ops[at].work, Work::Timer) && !self.random.one_in(TIMER_ONE_IN) {
+        if let Work::Timer { one_in } = self.ops[at].work
+            && !self.random.one_in(one_in)
+        {
             return;
         }
         let op = &mut self.ops[at];
@@ -340,7 +368,7 @@ impl World {
             Work::Read { at, buffer } => file.read(*at + piece.start as u64, &mut buffer[piece]),
             Work::Write { at, bytes, .. } => file.write(*at + piece.start as u64, &bytes[piece], now),
             Work::Zero { at, unmap, .. } => file.zero(*at + piece.start as u64, piece.len(), *unmap, now),
-            Work::Sync { .. } | Work::Timer | Work::Turn => {}
+            Work::Sync { .. } | Work::Timer { .. } | Work::Turn => {}
         }
     }
 

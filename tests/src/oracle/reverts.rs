@@ -245,7 +245,7 @@ impl Oracle {
 
 impl Change {
     /// One that may be there from `now` on, and need not.
-    fn perhaps(value: Stamp, now: u64) -> Self {
+    pub(super) fn perhaps(value: Stamp, now: u64) -> Self {
         let end = Some((now, End::Failed));
         Self { value, issued: now, end, durable: false, settled: true, only_power: false }
     }

@@ -63,7 +63,7 @@ async fn create(
     let own = if random.one_in(6) && !taken { name.clone() } else { format!("c{number}") };
     let chosen: Vec<SimDisk> = members.iter().map(|&disk| disks[disk].clone()).collect();
     let named = shared.oracle.borrow_mut().begin_checkpoint(&own, group, &members);
-    let answer = checkpoint::create(admin, &shared.io, &chosen, &own, &name).await;
+    let answer = checkpoint::create(admin, &shared.of_command(), &chosen, &own, &name).await;
     if shared.is_dead() {
         return;
     }
@@ -110,7 +110,7 @@ async fn delete(shared: &Shared, admin: &mut group::Admin, disks: &[SimDisk], na
         oracle.named[named].fates.insert(at, Fate::Deleting);
         oracle.named[named].name.clone()
     };
-    let answer = disks[at].delete_checkpoint(admin, &shared.io, &name);
+    let answer = disks[at].delete_checkpoint(admin, &shared.of_command(), &name);
     if shared.is_dead() {
         return;
     }

@@ -227,7 +227,7 @@ pub(crate) fn run(seed: u64, place: &dyn Fn(&str)) {
         rig.close(to, &disk);
     }
     let moved = rig.content(from.image);
-    rig.sim.change_offline(to.image, 0, &moved, false);
+    rig.sim.change_offline(to.image, 0, &moved, false, true);
     let imported = import_whatever_happens(&mut rig, to, files, replace, old_id);
     if !imported {
         return;
@@ -408,7 +408,7 @@ pub(crate) fn damage_is_refused() {
     rig.close(from, &disk);
     rig.export(from, files, u64::MAX).expect("it is not cut off").expect("exported");
     let content = rig.content(from.image);
-    rig.sim.change_offline(to.image, 0, &content, false);
+    rig.sim.change_offline(to.image, 0, &content, false, true);
     let refused = |rig: &mut Rig<'_>, what: &str| {
         let answer = rig.import(to, files, false, u64::MAX).expect("it is not cut off");
         assert!(matches!(answer, Err(Error::BadHistory { .. })), "{what}: {answer:?}");

@@ -1,6 +1,7 @@
 //! Writable views in the simulation: who opens and closes them, who uses them, and the judging of all of
 //! them when nothing is done.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use cow_engine::cbt::ByteRange;
@@ -49,7 +50,15 @@ async fn open(shared: &Shared, disks: &[SimDisk], random: &mut Random) {
     let name = format!("o{}", shared.next_name.replace(shared.next_name.get() + 1));
     let keep = !random.one_in(4);
     let overlay = shared.overlays.borrow_mut().begin(at, group, &name, keep);
-    let answer = disks[at].open_overlay(&shared.io, &snapshot, &name, keep, &name).await;
+    let io = match random.below(4) {
+        0 if shared.slips > 0 => {
+            // While its files are made; and then the process dies while they are removed again.
+            let fails = random.within(3..9);
+            shared.io.fated(None, fails..fails + 1, fails + random.within(1..5))
+        }
+        _ => shared.of_command(),
+    };
+    let answer = disks[at].open_overlay(&io, &snapshot, &name, keep, &name).await;
     if shared.is_dead() {
         return;
     }
@@ -76,7 +85,7 @@ fn close(shared: &Shared, disks: &[SimDisk], overlay: usize) {
         (one.disk, one.group, one.name.clone())
     };
     let snapshot = shared.oracle.borrow().groups[group].name.clone();
-    let answer = disks[at].close_overlay(&shared.io, &snapshot, &name);
+    let answer = disks[at].close_overlay(&shared.of_command(), &snapshot, &name);
     if shared.is_dead() {
         return;
     }
@@ -92,9 +101,18 @@ fn close(shared: &Shared, disks: &[SimDisk], overlay: usize) {
 
 /// Reads and writes overlays, one request after the other.
 pub(crate) async fn user(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Random, requests: u64) {
+    // One that was found before, as a connection holds it.
+    let mut kept: Option<(usize, Overlay<SimStorage>)> = None;
     for _ in 0..requests {
         if random.one_in(8) {
             shared.pause(&mut random, 30).await;
+        }
+        if let Some((overlay, found)) = kept.take_if(|(overlay, _)| is_gone(&shared, *overlay)) {
+            let sectors = shared.range(shared.disk_of(overlay), found.capacity(), &mut random, 40);
+            let free = shared.overlays.borrow().is_free(overlay, &sectors);
+            let answer = used(&shared, &found, overlay, sectors, &mut random).await;
+            let refused = matches!(answer, Err(Error::OverlayClosed { .. }));
+            assert!(refused || !free || shared.is_dead(), "overlay {} is closed: {answer:?}", found.name());
         }
         let held = shared.overlays.borrow().with(|one| one.fate == Fate::Held);
         if held.is_empty() {
@@ -102,6 +120,9 @@ pub(crate) async fn user(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Ra
         } else {
             let overlay = *random.pick(&held);
             let answer = request(&shared, &disks, overlay, &mut random).await;
+            if kept.is_none() {
+                kept = find(&shared, &disks, overlay).ok().map(|found| (overlay, found));
+            }
             let gone = shared.overlays.borrow().overlays[overlay].fate != Fate::Held;
             match answer {
                 _ if shared.is_dead() => {}
@@ -123,6 +144,11 @@ pub(crate) async fn user(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Ra
     }
 }
 
+/// Whether it was answered that an overlay is closed.
+fn is_gone(shared: &Shared, overlay: usize) -> bool {
+    shared.overlays.borrow().overlays[overlay].fate == Fate::Gone
+}
+
 fn find(shared: &Shared, disks: &[SimDisk], overlay: usize) -> Result<Overlay<SimStorage>, Error> {
     let overlays = shared.overlays.borrow();
     let one = &overlays.overlays[overlay];
@@ -136,18 +162,29 @@ async fn request(
     random: &mut Random,
 ) -> Result<(), Error> {
     let found = find(shared, disks, overlay)?;
-    let at = shared.overlays.borrow().overlays[overlay].disk;
+    let at = shared.disk_of(overlay);
     let cut_off = shared.overlays.borrow().overlays[overlay].cut_off.clone();
     let sectors = match random.below(3) {
         0 if !cut_off.is_empty() => random.pick(&cut_off).clone(),
         _ => shared.range(at, found.capacity(), random, 40),
     };
+    used(shared, &found, overlay, sectors, random).await
+}
+
+/// Reads, flushes or changes an overlay.
+async fn used(
+    shared: &Shared,
+    found: &Overlay<SimStorage>,
+    overlay: usize,
+    sectors: Range<u64>,
+    random: &mut Random,
+) -> Result<(), Error> {
     let range = bytes_of(&sectors);
     let io = &shared.io;
     match random.below(10) {
-        0..3 => return read(shared, &found, overlay, range, false).await,
+        0..3 => return read(shared, found, overlay, range, false).await,
         3 => return found.flush(io).await,
-        4 => return holes(shared, &found, overlay, range).await,
+        4 => return holes(shared, found, overlay, range).await,
         _ => {}
     }
     if !shared.overlays.borrow().is_free(overlay, &sectors) {

@@ -36,10 +36,11 @@ pub(crate) async fn command(
         true => *random.pick(&[Verb::Enable, Verb::Enable, Verb::Enable, Verb::Disable, Verb::Reset]),
         false => *random.pick(&[Verb::Reset, Verb::Reset, Verb::Disable, Verb::Disable, Verb::Enable]),
     };
+    let io = shared.of_command();
     let (answer, reason) = match verb {
-        Verb::Reset => (disk.reset_tracking(admin, &shared.io, limit).await, "operator"),
-        Verb::Enable => (disk.enable_tracking(admin, &shared.io, limit).await, "tracking-enabled"),
-        Verb::Disable => (disk.disable_tracking(admin, &shared.io, limit).await, "tracking-disabled"),
+        Verb::Reset => (disk.reset_tracking(admin, &io, limit).await, "operator"),
+        Verb::Enable => (disk.enable_tracking(admin, &io, limit).await, "tracking-enabled"),
+        Verb::Disable => (disk.disable_tracking(admin, &io, limit).await, "tracking-disabled"),
     };
     if shared.is_dead() {
         return;

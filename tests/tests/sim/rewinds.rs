@@ -47,7 +47,7 @@ pub(crate) async fn command(
     let revert = shared.oracle.borrow_mut().begin_revert(group, at);
     let Some(revert) = revert else { return };
     shared.reverts.set(shared.reverts.get() + 1);
-    let answer = disks[at].revert(admin, &shared.io, &name, Duration::from_secs(5)).await;
+    let answer = disks[at].revert(admin, &shared.of_command(), &name, Duration::from_secs(5)).await;
     shared.reverts.set(shared.reverts.get() + 1);
     if shared.is_dead() {
         return;

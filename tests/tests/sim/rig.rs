@@ -40,6 +40,8 @@ pub(crate) struct Profile {
     pub(crate) checkpoints: bool,
     /// Stores have little space, in several areas, and snapshots say what happens then.
     pub(crate) short: bool,
+    /// Snapshots end more often than anything else happens to them, and what ends them is cut off.
+    pub(crate) deletes: bool,
     /// Disks get other sizes and begin new generations more than anything else, and commands are cut off.
     pub(crate) verbs: bool,
     /// What is wrong with the medium.
@@ -58,6 +60,7 @@ impl Profile {
         rewinds: false,
         checkpoints: false,
         short: false,
+        deletes: false,
         verbs: false,
         defect: None,
     };
@@ -85,6 +88,8 @@ struct Spec {
     edited: bool,
     /// It was changed after a crash, and no opening has seen that yet.
     unseen: bool,
+    /// It was changed while nobody served it, and not durably: until it was opened the power stays on.
+    loose: bool,
     /// The last sign of life said that nothing is in flight, and nothing came after it.
     quiet: bool,
     /// A rewind was under way when it was closed.
@@ -113,6 +118,8 @@ struct Rig<'a> {
     /// What is not damaged in this life: of a disk on its way back either is needed, and no loss of both is
     /// noticed.
     spared: &'static str,
+    /// An image was changed, not durably, before the disks were opened.
+    after_loose: bool,
     place: &'a dyn Fn(&str),
     round: u64,
 }
@@ -123,7 +130,7 @@ struct Rig<'a> {
 /// If anything is not as the oracle allows.
 pub(crate) fn run(seed: u64, profile: Profile, place: &dyn Fn(&str)) {
     let mut rig = Rig::new(seed, profile, place);
-    let rounds = rig.random.within(2..6);
+    let rounds = if profile.deletes { rig.random.within(3..8) } else { rig.random.within(2..6) };
     for round in 0..rounds {
         rig.round = round;
         let Some(disks) = rig.open() else { return };
@@ -175,6 +182,7 @@ impl<'a> Rig<'a> {
                 power: false,
                 edited: false,
                 unseen: false,
+                loose: false,
                 quiet: false,
                 rewinding: false,
                 damaged: false,
@@ -195,7 +203,7 @@ impl<'a> Rig<'a> {
             long: weight(&[0, 30, 100]),
             mark: weight(&[0, 5, 20]),
         };
-        let rules = if profile.faults { rules(&mut random) } else { Vec::new() };
+        let rules = if profile.faults { rules(&mut random, profile) } else { Vec::new() };
         let (rules, terms) = if profile.short { short_of_space(&mut random) } else { (rules, Vec::new()) };
         let faults = profile.faults || !rules.is_empty();
         let profile = Profile { faults, ..profile };
@@ -230,7 +238,10 @@ impl<'a> Rig<'a> {
                 () if profile.verbs => *random.pick(&[0, 2, 2]),
                 () => *random.pick(&[0, 4, 12]),
             },
-            cuts: if profile.verbs { 3 } else { *random.pick(&[0, 8, 30]) },
+            cuts: if profile.verbs || profile.deletes { 3 } else { *random.pick(&[0, 8, 30]) },
+            deletes: profile.deletes,
+            slips: if profile.faults { 5 } else { 0 },
+            doomed: RefCell::default(),
             next_name: Cell::new(0),
             broke: Arc::default(),
             hunted: Cell::new(None),
@@ -253,6 +264,7 @@ impl<'a> Rig<'a> {
             merge_step,
             region_bytes,
             spared,
+            after_loose: false,
             place,
             round,
         }
@@ -264,20 +276,36 @@ impl<'a> Rig<'a> {
         (self.place)(&format!("{crash_at} ({phase} in round {}, from step {now})", self.round));
     }
 
-    /// A step at which a phase of some `usual` steps is cut off, or never.
-    fn cut_off(&mut self, usual: u64) -> u64 {
-        let odds = if self.profile.restless { 2 } else { 6 };
+    /// Once in how many an opening is cut off, and of ten of these how many by a power cut: more where only that shows
+    /// an order of what it does.
+    fn risk(&self) -> (u64, u64) {
+        let gone = self.profile.damage && self.specs.iter().any(|spec| !self.sim.has(spec.dir, "superblock"));
+        let closed = self.profile.overlays && self.specs.iter().any(|spec| spec.clean == Clean::Yes);
+        match () {
+            () if gone && self.round > 0 => (1, 8),
+            () if closed => (2, 7),
+            () => (if self.profile.restless { 2 } else { 6 }, self.profile.power),
+        }
+    }
+
+    /// A step at which a phase of some `usual` steps is cut off, once in `odds`, or never.
+    fn cut_off(&mut self, usual: u64, odds: u64) -> u64 {
         let usual = if self.random.one_in(2) { usual } else { usual / 3 };
         if self.random.one_in(odds) { self.random.within(1..usual) } else { u64::MAX }
     }
 
     /// The process or the host ends here.
     fn crash(&mut self) {
+        self.crash_with(self.profile.power);
+    }
+
+    /// The same, of ten times so often by a power cut.
+    fn crash_with(&mut self, power: u64) {
         self.shared.note_failed_syncs();
         self.shared.note_breaks();
         // What was changed between a kill and a stop of the host is not told.
-        let unseen = self.specs.iter().any(|spec| spec.unseen);
-        if self.random.below(10) < self.profile.power && !unseen {
+        let unseen = self.specs.iter().any(|spec| spec.unseen || spec.loose);
+        if self.random.below(10) < power && !unseen {
             self.sim.power_cut();
             self.shared.oracle.borrow_mut().host_started();
             for spec in &mut self.specs {
@@ -318,6 +346,12 @@ impl<'a> Rig<'a> {
             let names = self.sim.names(dir).expect("a directory");
             if names.is_empty() {
                 return;
+            }
+            if self.spared == "rewind" && !closed && self.random.one_in(8) {
+                // It is gone until a power cut, perhaps.
+                self.sim.damage(dir, "superblock", Damage::Remove);
+                self.specs[at].damaged = true;
+                continue;
             }
             let name = self.random.pick(&names).clone();
             if name.starts_with(self.spared) {
@@ -380,10 +414,17 @@ impl<'a> Rig<'a> {
             let faulty = self.profile.faults && self.random.one_in(4);
             self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
             let looked = self.look();
-            let limit = self.cut_off(90);
+            let (odds, power) = self.risk();
+            let limit = self.cut_off(90, odds);
             self.at("opening", limit);
             let options = self.options(&blocks);
-            let io = self.shared.io.clone();
+            // At a step, or in one of its own operations.
+            let (io, limit) = match self.random.below(4) {
+                _ if limit == u64::MAX => (self.shared.io.clone(), limit),
+                0 => (self.shared.io.fated(None, 0..0, self.random.below(80)), u64::MAX),
+                1 => (self.shared.io.fated(Some(OpKind::Sync), 0..0, self.random.below(12)), u64::MAX),
+                _ => (self.shared.io.clone(), limit),
+            };
             let opened = self.sim.run(open_all(io, options), limit);
             self.sim.set_faults(Vec::new());
             match opened {
@@ -391,7 +432,7 @@ impl<'a> Rig<'a> {
                     if !faulty {
                         self.agrees(&looked, &opened, &blocks);
                     }
-                    return Some(self.opened(opened, &blocks));
+                    return Some(self.opened(opened, &blocks, faulty));
                 }
                 Some(Err(error)) => {
                     // A failure of the life before may be told to this one.
@@ -405,7 +446,7 @@ impl<'a> Rig<'a> {
                     self.sim.kill();
                     self.shared.crash();
                 }
-                None => self.crash(),
+                None => self.crash_with(power),
             }
             for (spec, block) in self.specs.iter_mut().zip(blocks) {
                 spec.attempts += 1;
@@ -517,7 +558,7 @@ impl<'a> Rig<'a> {
     }
 
     /// Judges generations and snapshots after an opening that was not cut off.
-    fn opened(&mut self, opened: Vec<(SimDisk, OpenReport)>, blocks: &[u64]) -> Vec<SimDisk> {
+    fn opened(&mut self, opened: Vec<(SimDisk, OpenReport)>, blocks: &[u64], faulty: bool) -> Vec<SimDisk> {
         self.shared.note_breaks();
         let mut oracle = self.shared.oracle.borrow_mut();
         for (at, (disk, report)) in opened.iter().enumerate() {
@@ -567,6 +608,13 @@ impl<'a> Rig<'a> {
                 if oracle.member(group, at).fate == Fate::Held {
                     let id = oracle.member(group, at).id;
                     assert!(found.is_none() || found == id, "disk {at}: snapshot {name} has another id");
+                    // After a kill nothing is lost but what was told.
+                    let broke = disk.snapshot(&name).ok().and_then(|one| one.broken().map(str::to_owned));
+                    let excused = faulty || spec.damaged || spec.power || spec.attempts > 0;
+                    assert!(
+                        broke.is_none() || excused || oracle.is_broken(at, &name),
+                        "disk {at}: snapshot {name} broke, and nobody was told: {broke:?}, {report:?}"
+                    );
                     let may_be_gone = perhaps || self.profile.faults || self.profile.damage;
                     assert!(found.is_some() || may_be_gone, "disk {at}: snapshot {name} is gone: {report:?}");
                     if found.is_none() {
@@ -597,6 +645,13 @@ impl<'a> Rig<'a> {
             } else {
                 overlays::Kept::Always
             };
+            // Whatever becomes of one, its head goes first.
+            let missing = |(_, why): &&(String, String)| why.contains("opening the overlay's files");
+            let found = report.overlays_dropped.iter().find(missing);
+            assert!(faulty || spec.damaged || found.is_none(), "disk {at}: a head without files: {report:?}");
+            if must == overlays::Kept::Always {
+                assert!(report.overlays_dropped.is_empty(), "disk {at}: nothing was lost: {report:?}");
+            }
             overlays::opened(&self.shared, &mut oracle, at, disk, must);
             oracle.told_at_start(at, disk.change_id());
         }
@@ -620,10 +675,20 @@ impl<'a> Rig<'a> {
         let random = Random::new(self.random.bits());
         let judging = work::judge_all(self.shared.clone(), disks.to_vec(), random, power);
         assert!(self.sim.run(judging, u64::MAX).is_some());
+        if power {
+            (0..disks.len()).for_each(|at| self.shared.oracle.borrow_mut().settle_past_end(at));
+        }
+        if power && self.random.one_in(2) {
+            // What a backup would get right now: what the power cut took back is named.
+            let own = Random::new(self.random.bits());
+            let backup = work::back_up(self.shared.clone(), disks.to_vec(), own);
+            assert!(self.sim.run(backup, u64::MAX).is_some());
+        }
+        self.after_loose = self.specs.iter().any(|spec| spec.loose);
         for (spec, disk) in self.specs.iter_mut().zip(disks) {
             spec.block = disk.tracker_grid().map_or(0, BlockGrid::bytes);
             (spec.clean, spec.power, spec.edited, spec.damaged) = (Clean::No, false, false, false);
-            (spec.unseen, spec.quiet) = (false, false);
+            (spec.unseen, spec.quiet, spec.loose) = (false, false, false);
             (spec.attempts, spec.other_block) = (0, false);
         }
     }
@@ -634,7 +699,7 @@ impl<'a> Rig<'a> {
         let faulty = !self.random.one_in(3);
         self.sim.set_faults(if faulty { self.rules.clone() } else { Vec::new() });
         // What fails at a close shows at the next start, after one that was in order.
-        let closes = if self.profile.overlays && self.profile.faults { 2 } else { 4 };
+        let closes = if self.profile.overlays { 2 } else { 4 };
         let close = self.random.one_in(closes);
         let longest = if self.profile.verbs && self.random.one_in(2) { 9 } else { 13 };
         let limit = match close {
@@ -661,7 +726,8 @@ impl<'a> Rig<'a> {
         }
         if done.is_none() || !close {
             self.sim.set_faults(Vec::new());
-            self.crash();
+            let often = self.after_loose && self.profile.power > 0;
+            self.crash_with(if often { 7 } else { self.profile.power });
             return self.change_after_crash();
         }
         self.close(disks);
@@ -683,7 +749,14 @@ impl<'a> Rig<'a> {
         };
         let random = &mut self.random;
         // So little that nothing is flushed, nor marked near what was changed before.
-        let idle = self.profile.verbs && random.one_in(3);
+        let idle = match () {
+            // What the opening made durable shows if nothing else does.
+            () if self.after_loose => random.one_in(2),
+            () if self.profile.verbs => random.one_in(3),
+            () => self.profile.faults && random.one_in(8),
+        };
+        // Nor begun anew.
+        let left_alone = idle && random.one_in(2);
         for (at, disk) in disks.iter().enumerate() {
             let queues = match self.profile.overlays {
                 true => 1,
@@ -710,7 +783,7 @@ impl<'a> Rig<'a> {
             let (own, requests) = (Random::new(random.bits()), random.within(10..60));
             spawn(Box::pin(overlays::user(shared.clone(), disks.to_vec(), own, requests)));
         }
-        let (own, commands) = (Random::new(random.bits()), random.within(1..14));
+        let (own, commands) = (Random::new(random.bits()), if left_alone { 0 } else { random.within(1..14) });
         spawn(Box::pin(work::administrator(shared.clone(), disks.to_vec(), own, commands)));
         for _ in 0..random.within(0..4) {
             let (own, questions) = (Random::new(random.bits()), random.within(2..20));
@@ -733,7 +806,7 @@ impl<'a> Rig<'a> {
 
     /// Closes the disks, perhaps not to the end; then perhaps something happens to them.
     fn close(&mut self, disks: Vec<SimDisk>) {
-        let limit = self.cut_off(60);
+        let limit = self.cut_off(60, if self.profile.restless { 2 } else { 6 });
         self.at("closing", limit);
         self.specs.iter_mut().for_each(|spec| spec.quiet = false);
         let states: Rc<RefCell<Vec<Clean>>> = Rc::new(RefCell::new(vec![Clean::No; disks.len()]));
@@ -784,6 +857,8 @@ impl<'a> Rig<'a> {
         }
         match self.random.below(4) {
             0 => self.crash(),
+            // What was left undone shows after a power cut.
+            2 if self.profile.overlays => self.crash_with(8),
             1 => {
                 self.sim.kill();
                 self.shared.crash();
@@ -807,11 +882,13 @@ impl<'a> Rig<'a> {
         let sectors = oracle.least_size(at) / SECTOR as u64;
         let first = if unseen { 0 } else { self.random.below(sectors) };
         let end = (first + self.random.within(1..20)).min(sectors);
-        let number = oracle.changed_offline(at, first..end);
+        let loose = !unseen && !self.specs[at].power && self.random.one_in(2);
+        let number = oracle.changed_offline(at, first..end, !loose);
         let mut bytes = vec![0; SECTOR * usize::try_from(end - first).unwrap_or(1)];
         stamp(at, first, number as u64, &mut bytes);
-        self.sim.change_offline(self.shared.images[at], first * SECTOR as u64, &bytes, unseen);
+        self.sim.change_offline(self.shared.images[at], first * SECTOR as u64, &bytes, unseen, !loose);
         self.specs[at].edited = true;
+        self.specs[at].loose |= loose;
     }
 
     /// Deletes all snapshots in any order; nothing of them may be left.
@@ -936,8 +1013,29 @@ fn short_of_space(random: &mut Random) -> (Vec<Rule>, Vec<Terms>) {
 }
 
 /// Some kinds of fault, each now and then.
-fn rules(random: &mut Random) -> Vec<Rule> {
+fn rules(random: &mut Random, profile: Profile) -> Vec<Rule> {
     use {FileKind::Image, FileKind::State};
+    // What is closed in order but for an overlay.
+    let of_overlays =
+        [(OpKind::Sync, State, ErrorKind::Other, 6), (OpKind::SyncCells, State, ErrorKind::Other, 3)];
+    let of_verbs = [
+        (OpKind::SetLen, Image, ErrorKind::Other, 2),
+        (OpKind::Allocate, State, ErrorKind::StorageFull, 2),
+        (OpKind::Sync, State, ErrorKind::Other, 4),
+        (OpKind::Write, State, ErrorKind::Other, 8),
+    ];
+    let of_deletes = [
+        (OpKind::Remove, State, ErrorKind::Other, 2),
+        (OpKind::Create, State, ErrorKind::StorageFull, 3),
+        (OpKind::Write, State, ErrorKind::Other, 30),
+        (OpKind::Read, Image, ErrorKind::Other, 100),
+    ];
+    let own: &[_] = match () {
+        () if profile.overlays => &of_overlays,
+        () if profile.verbs => &of_verbs,
+        () if profile.deletes => &of_deletes,
+        () => &[],
+    };
     // What breaks snapshots is where most can go wrong.
     let kinds = [
         (OpKind::Write, State, ErrorKind::StorageFull, 12),
@@ -963,7 +1061,8 @@ fn rules(random: &mut Random) -> Vec<Rule> {
     ];
     (0..random.within(1..5))
         .map(|_| {
-            let &(op, file, error, one_in) = random.pick(&kinds);
+            let more = !own.is_empty() && random.one_in(2);
+            let &(op, file, error, one_in) = random.pick(if more { own } else { &kinds });
             Rule { op, file, one_in, error }
         })
         .collect()

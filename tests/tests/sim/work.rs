@@ -15,7 +15,7 @@ use cow_engine::{AreaSpec, Disk, Durability, Error, Lane, OnOverflow, Terms, Vie
 use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
 use ebbtide_tests::overlay_oracle::OverlayOracle;
 
-use crate::{checkpoints, overlays, readers, resets, rewinds};
+use crate::{checkpoints, deletions, overlays, readers, resets, rewinds};
 
 pub(crate) type SimDisk = Arc<Disk<SimStorage>>;
 
@@ -47,6 +47,12 @@ pub(crate) struct Shared {
     pub(crate) resets: u64,
     /// One command in so many is cut off, or what comes soon after it; 0 for none.
     pub(crate) cuts: u64,
+    /// Snapshots end more often than anything else happens.
+    pub(crate) deletes: bool,
+    /// Something fails in one command in so many, whatever else does; 0 for none.
+    pub(crate) slips: u64,
+    /// The storage of a command that is cut off, or in which something fails, while there is one.
+    pub(crate) doomed: RefCell<Option<SimStorage>>,
     /// Snapshots whose deletion was commanded.
     pub(crate) let_go: RefCell<BTreeSet<String>>,
     /// State files are damaged between lives.
@@ -92,6 +98,11 @@ impl Shared {
         }
     }
 
+    /// The storage that a command goes through.
+    pub(crate) fn of_command(&self) -> SimStorage {
+        self.doomed.borrow().clone().unwrap_or_else(|| self.io.clone())
+    }
+
     /// Tells the oracle what broke.
     pub(crate) fn note_breaks(&self) {
         for (disk, snapshot) in self.broke.lock().expect("one thread").drain(..) {
@@ -107,6 +118,7 @@ impl Shared {
 
     /// Everything in flight was cut off.
     pub(crate) fn crash(&self) {
+        *self.doomed.borrow_mut() = None;
         self.oracle.borrow_mut().crash();
         self.overlays.borrow_mut().crash();
     }
@@ -115,6 +127,11 @@ impl Shared {
     fn live_range(&self, at: usize, disk: &SimDisk, random: &mut Random, long: u64) -> Range<u64> {
         judge(self.oracle.borrow_mut().size_told(at, disk.capacity()));
         self.range(at, disk.capacity(), random, long)
+    }
+
+    /// The disk of an overlay.
+    pub(crate) fn disk_of(&self, overlay: usize) -> usize {
+        self.overlays.borrow().overlays[overlay].disk
     }
 
     /// Bytes of a disk at a snapshot's instant.
@@ -386,11 +403,27 @@ pub(crate) async fn administrator(
             let of = |disk| oracle.groups_of(disk, |fate| fate == Fate::Held);
             (0..disks.len()).flat_map(|disk| of(disk).into_iter().map(move |group| (group, disk))).collect()
         };
+        *shared.doomed.borrow_mut() = None;
         if random.one_in(shared.cuts) {
-            let most = 1 << random.within(3..9);
-            shared.io.die_within(random.within(1..most));
+            if random.one_in(2) {
+                // In what it does itself, whatever else goes on.
+                let most = 1 << random.within(2..7);
+                *shared.doomed.borrow_mut() = Some(shared.io.fated(None, 0..0, random.below(most)));
+            } else {
+                let most = 1 << random.within(3..9);
+                shared.io.die_within(random.within(1..most));
+            }
         }
-        if random.one_in(shared.resizes) {
+        if random.one_in(shared.slips) {
+            let most = 1 << random.within(1..6);
+            let first = random.below(most);
+            let dies = if random.one_in(3) { first + random.within(1..6) } else { u64::MAX };
+            let fails = first..first + random.within(1..3);
+            *shared.doomed.borrow_mut() = Some(shared.io.fated(None, fails, dies));
+        }
+        if shared.deletes && random.one_in(2) {
+            deletions::command(&shared, &mut admin, &disks, &mut random).await;
+        } else if random.one_in(shared.resizes) {
             resize(&shared, &mut admin, &disks, &mut random).await;
         } else if random.one_in(shared.resets) {
             resets::command(&shared, &mut admin, &disks, &mut random).await;
@@ -413,6 +446,7 @@ pub(crate) async fn administrator(
             delete(&shared, &disks, group, disk).await;
         }
     }
+    *shared.doomed.borrow_mut() = None;
 }
 
 /// Sectors that a disk grows to at most.
@@ -437,8 +471,8 @@ async fn resize(shared: &Shared, admin: &mut group::Admin, disks: &[SimDisk], ra
     let rewinding = disks[at].rewind().is_some();
     let limit = Duration::from_secs(random.within(1..60));
     let answer = match less {
-        true => disks[at].shrink(admin, &shared.io, size, limit).await,
-        false => disks[at].resize(admin, &shared.io, size).await,
+        true => disks[at].shrink(admin, &shared.of_command(), size, limit).await,
+        false => disks[at].resize(admin, &shared.of_command(), size).await,
     };
     if shared.is_dead() {
         return;
@@ -512,12 +546,23 @@ async fn maintain(shared: &Shared, admin: &mut group::Admin, disks: &[SimDisk], 
     if random.one_in(3) {
         disk.check_stores(&shared.io).await;
     }
-    for _ in 0..random.within(1..30) {
-        match disk.maintain(admin, &shared.io).await {
+    maintain_some(shared, admin, &disk, random.within(1..30)).await;
+}
+
+/// So many steps, if there are as many.
+pub(crate) async fn maintain_some(shared: &Shared, admin: &mut group::Admin, disk: &SimDisk, steps: u64) {
+    let io = shared.of_command();
+    let (mut failed, mut left) = (0, steps);
+    while left > 0 && failed < 30 {
+        left -= 1;
+        match disk.maintain(admin, &io).await {
             Ok(true) => {}
             Ok(false) => return,
             Err(_) if shared.is_dead() => return,
-            Err(error) => shared.allow("maintaining", &error),
+            Err(error) => {
+                failed += 1;
+                shared.allow("maintaining", &error);
+            }
         }
     }
 }
@@ -538,8 +583,9 @@ pub(crate) async fn create(
     let group = shared.oracle.borrow_mut().begin_group(&name, &members);
     let terms = if shared.terms.is_empty() { Terms::default() } else { *random.pick(&shared.terms) };
     let limit = if shared.terms.is_empty() || !random.one_in(3) { 0 } else { GRAIN * random.within(1..30) };
-    let (io, terms, patience) = (&shared.io, Terms { limit, ..terms }, Duration::from_secs(5));
-    let answer = group::create_on(admin, io, &chosen, &name, 0, patience, terms).await;
+    let (io, terms) = (shared.of_command(), Terms { limit, ..terms });
+    let patience = Duration::from_millis(*random.pick(&[5000, 5000, 5000, 50]));
+    let answer = group::create_on(admin, &io, &chosen, &name, 0, patience, terms).await;
     if shared.is_dead() {
         return;
     }
@@ -573,7 +619,7 @@ pub(crate) async fn delete(shared: &Shared, disks: &[SimDisk], group: usize, dis
         oracle.groups[group].name.clone()
     };
     let used = overlays::is_used(shared, group, disk);
-    let answer = disks[disk].delete_snapshot(&shared.io, &name).await;
+    let answer = disks[disk].delete_snapshot(&shared.of_command(), &name).await;
     if shared.is_dead() {
         return;
     }
@@ -626,21 +672,7 @@ pub(crate) async fn judge_all(shared: Rc<Shared>, disks: Vec<SimDisk>, mut rando
             judge(shared.oracle.borrow_mut().settle(at, power_cut, range.start(), &bytes));
         }
     }
-    let mut groups = Vec::new();
-    for (at, disk) in disks.iter().enumerate() {
-        let held = shared.oracle.borrow().groups_of(at, |fate| fate == Fate::Held);
-        for group in held {
-            let name = shared.oracle.borrow().groups[group].name.clone();
-            let view = match disk.snapshot(&name) {
-                Ok(snapshot) => View::new(disk.clone(), snapshot),
-                Err(error) => panic!("snapshot {name} of disk {at} is gone: {error}"),
-            };
-            match judge_view(&shared, &view, group, at, &mut random).await {
-                Ok(()) => groups.push(group),
-                Err(error) => shared.allow_broken("judging a view", &error),
-            }
-        }
-    }
+    let groups = judge_views(&shared, &disks, 0, &mut random).await;
     checkpoints::judge_all(&shared, &disks).await;
     overlays::judge_all(&shared, &disks, &mut random).await;
     for group in groups {
@@ -651,6 +683,33 @@ pub(crate) async fn judge_all(shared: Rc<Shared>, disks: Vec<SimDisk>, mut rando
             account(&shared, disk).await;
         }
     }
+}
+
+/// Takes a snapshot while nothing else happens, and judges what a backup would get.
+pub(crate) async fn back_up(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Random) {
+    let first = shared.oracle.borrow().groups.len();
+    create(&shared, &mut group::Admin::new(), &disks, &mut random).await;
+    judge_views(&shared, &disks, first, &mut random).await;
+}
+
+/// Judges the views of all snapshots that are held, from number `first` on; those that could be read.
+async fn judge_views(shared: &Shared, disks: &[SimDisk], first: usize, random: &mut Random) -> Vec<usize> {
+    let mut groups = Vec::new();
+    for (at, disk) in disks.iter().enumerate() {
+        let held = shared.oracle.borrow().groups_of(at, |fate| fate == Fate::Held);
+        for group in held.into_iter().filter(|&group| group >= first) {
+            let name = shared.oracle.borrow().groups[group].name.clone();
+            let view = match disk.snapshot(&name) {
+                Ok(snapshot) => View::new(disk.clone(), snapshot),
+                Err(error) => panic!("snapshot {name} of disk {at} is gone: {error}"),
+            };
+            match judge_view(shared, &view, group, at, random).await {
+                Ok(()) => groups.push(group),
+                Err(error) => shared.allow_broken("judging a view", &error),
+            }
+        }
+    }
+    groups
 }
 
 /// Lets a disk finish what deletions left; then each slot is somebody's.
