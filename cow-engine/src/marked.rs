@@ -4,11 +4,15 @@
 //! once, among the parts of its file that are no holes; until that has been done, and where it cannot be, every page may
 //! hold marks.
 //!
+//! A disk that grows has a map of more pages, and shares the bits of those that it had: a change that is on its way
+//! marks through the map of the old size, however late.
+//!
 //! Invariant: a page that held a mark at an instant is told whenever somebody asks after it. A bit is never taken
 //! back, so a page whose marks were cleared is told too.
 //! Absent: what is in the pages; and frozen ones, since a page is frozen because it is about to be marked.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
@@ -21,18 +25,29 @@ use crate::storage::Storage;
 use crate::tracker::Tracker;
 use crate::walk;
 
+/// Words that maps of several sizes share together: those of 32,768 pages.
+const WORDS: usize = 512;
+
 /// See the module.
 pub(crate) struct Marked {
     pages: u64,
-    words: Box<[AtomicU64]>,
+    words: Box<[Arc<[AtomicU64; WORDS]>]>,
     /// The words have what was marked earlier, too.
-    complete: AtomicBool,
+    complete: Arc<AtomicBool>,
 }
 
 impl Marked {
     pub(crate) fn new(pages: u64) -> Self {
-        let words = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { pages, words, complete: AtomicBool::new(false) }
+        Self { pages: 0, words: Box::default(), complete: Arc::default() }.grown(pages)
+    }
+
+    /// Of a map that has as many pages, of which the first ones are the same. Whoever lets others see it notes first
+    /// what may be marked in the others.
+    pub(crate) fn grown(&self, pages: u64) -> Self {
+        let more = std::iter::repeat_with(|| Arc::new([const { AtomicU64::new(0) }; WORDS]));
+        let count = place(pages.div_ceil(64).div_ceil(WORDS as u64));
+        let words = self.words.iter().cloned().chain(more).take(count).collect();
+        Self { pages, words, complete: self.complete.clone() }
     }
 
     /// Notes pages that are about to be marked. Whoever sees a mark that a gate has published sees this.
@@ -83,9 +98,14 @@ impl Marked {
 
     fn word(&self, page: PageIndex) -> &AtomicU64 {
         debug_assert!(page < self.pages);
-        // The number of pages is a usize.
-        &self.words[usize::try_from(page / 64).unwrap_or(usize::MAX)]
+        let word = place(page / 64);
+        &self.words[word / WORDS][word % WORDS]
     }
+}
+
+/// The number of pages is a usize.
+fn place(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
 }
 
 impl<S: Storage> Disk<S> {
@@ -139,6 +159,23 @@ mod tests {
         assert!(marked.runs(1..199).flatten().eq(1..199));
         marked.complete();
         assert!(marked.runs(1..199).flatten().eq(3..4));
+    }
+
+    #[test]
+    fn pages_that_were_there_before_are_shared() {
+        let old = Marked::new(70);
+        old.complete();
+        old.note(1..2);
+        let new = old.grown(40_000);
+        new.note(70..71);
+        new.note(39_999..40_000);
+        // As by a change that was on its way.
+        old.note(69..70);
+        assert!(new.runs(0..40_000).flatten().eq([1, 69, 70, 39_999]));
+        let later = Marked::new(70);
+        let new = later.grown(71);
+        later.complete();
+        assert!(new.is_complete(), "what was looked for meanwhile");
     }
 
     proptest! {

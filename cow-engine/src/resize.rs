@@ -33,7 +33,8 @@
 //!
 //! The gate stays open: no request waits for a resize. A change that took the old tracker with it is within
 //! the old size and marks the same pages of the same file. That a page was frozen and opened in the old
-//! tracker may be unknown to the new one; then it is looked for again, found preserved, and opened.
+//! tracker may be unknown to the new one; then it is looked for again, found preserved, and opened. Which pages hold
+//! marks is known to both at once: the bits are shared ([`crate::marked`]), for who asks the new one may come first.
 //!
 //! What the old size was stays so for snapshots: a view, its export and an overlay end where the disk ended at
 //! the instant. What is past a snapshot's end is not preserved for it, and not merged into it. The grain at

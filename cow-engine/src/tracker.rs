@@ -195,7 +195,9 @@ impl<C: Cells> Tracker<C> {
     /// The same history for a disk that has grown to `capacity` bytes, over a mapping of the same file that
     /// is long enough: pages that are open stay so.
     pub(crate) fn grown(&self, cells: Arc<C>, capacity: u64) -> Self {
-        let grown = Self::new(cells, self.grid(), capacity);
+        let mut grown = Self::new(cells, self.grid(), capacity);
+        // Shared: changes that are on their way mark through this one.
+        grown.marked = self.marked.grown(grown.page_count());
         for (new, old) in grown.opened.iter().zip(&self.opened) {
             new.store(old.load(Acquire), Release);
         }

@@ -9,7 +9,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId};
+use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId, Epoch};
 use cow_engine::group::{self, Admin};
 use cow_engine::handover::{self, Arrival, Left, Place};
 use cow_engine::memory::Source;
@@ -425,4 +425,46 @@ fn large_writes_are_preserved_whole() {
         }
     }
     assert!(cut_off > 10, "{cut_off} cut off");
+}
+
+/// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
+/// Then somebody asks, so that it is remembered which pages hold marks. The changes are told all the same.
+#[test]
+fn a_question_just_after_a_disk_grew_leaves_no_change_out() {
+    const PAGE_BLOCKS: u64 = 1024;
+    const PAGES: u64 = 13;
+    for seed in 0..SEEDS {
+        let mut rig = Rig::of_blocks(seed, PAGES * PAGE_BLOCKS);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 0, 1);
+        let since = rig.snapshot(&disk, "a");
+        let mut random = rig.sim.random();
+        for page in 1..PAGES {
+            let (io, disk, turns) = (rig.io.clone(), disk.clone(), random.below(60));
+            rig.sim.spawn(async move {
+                for _ in 0..turns {
+                    io.turn().await;
+                }
+                let at = page * PAGE_BLOCKS * BLOCK;
+                let written =
+                    disk.write(&io, disk.lane(), at, Source::of(&[2; 4096]), Durability::Cached).await;
+                written.expect("written");
+            });
+        }
+        let (io, grown) = (rig.io.clone(), disk.clone());
+        rig.run(async move {
+            let size = grown.capacity() + BLOCK;
+            grown.resize(&mut Admin::new(), &io, size).await.expect("it grows");
+            let view = View::new(grown.clone(), grown.snapshot("a").expect("it was taken"));
+            let all = ByteRange::new(0, view.capacity());
+            view.changes(&io, Epoch::NEVER, all, usize::MAX).await.expect("told");
+            for _ in 0..1000 {
+                io.turn().await;
+            }
+        });
+        rig.snapshot(&disk, "b");
+        let told = rig.changes(&disk, "b", since);
+        let wanted = (1..=PAGES).map(|page| page * PAGE_BLOCKS);
+        assert!(wanted.clone().all(|block| told.contains(&block)), "seed {seed}: {told:?}");
+    }
 }

@@ -86,7 +86,7 @@ pub(crate) enum Command {
     /// Give difference stores more space, and limit them
     #[command(subcommand)]
     Store(StoreCommand),
-    /// Take the change history of a disk along to another host
+    /// Show, reset and switch change tracking; take a disk's history along to another host
     #[command(subcommand)]
     Tracker(TrackerCommand),
     /// Tell how the daemon is
