@@ -19,7 +19,7 @@
 //! *Complete as the older end*: its snapshot's creation reserved the next epoch durably and flushed the image
 //! before it was answered, so every change after the instant is marked in a later epoch, by a mark or by the
 //! intent log, for as long as the generation goes on. *Complete as the younger end*: a page of the map is read
-//! as [`View`] reads it, frozen or not marked since; and a page that is not noted as marked ([`crate::marked`])
+//! as [`View`] reads it, frozen or not marked since; and a page that is not noted as marked (module `marked`)
 //! was not by then.
 //!
 //! When a generation ends, heads of its checkpoints say why. They stay until they are deleted: between two
@@ -290,7 +290,8 @@ async fn write_runs<S: Storage>(
     encoder.push(blocks - told, Epoch::NEVER);
     let pages = encoder.finish();
     write_ready(io, file, &mut encoder).await?;
-    // What was read counts only if the snapshot is still held and whole.
+    // What was read counts only if the snapshot is still held and whole, and nothing was lost before.
+    view.settle_marks(io).await?;
     view.check()?;
     Ok(pages)
 }
@@ -576,10 +577,13 @@ impl<S: Storage> Disk<S> {
     /// Whether the next snapshot's changes since `since` will be told in full.
     ///
     /// # Errors
-    /// [`Error::NotTracked`], [`Error::OtherGeneration`], [`Error::SinceNotOlder`] say why not.
+    /// [`Error::NotTracked`], [`Error::MarksLost`], [`Error::OtherGeneration`], [`Error::SinceNotOlder`] say why not.
     pub fn check_incremental(&self, since: ChangeId) -> Result<(), Error> {
         if self.block_grid().is_none() {
             return Err(Error::NotTracked { disk: self.name.clone() });
+        }
+        if self.control.map_in_doubt(&self.boot()) {
+            return Err(Error::MarksLost { disk: self.name.clone() });
         }
         self.resolve(since, self.change_id()).map(drop)
     }

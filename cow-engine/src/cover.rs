@@ -99,7 +99,14 @@ impl<S: Storage> Disk<S> {
         let synced = io.sync_cells(map).map_err(Error::io("flushing the change map"));
         if let Err(error) = &synced {
             // Marks that could not be written back may be lost though a later flush succeeds.
-            self.control.note_map_in_doubt(&self.boot());
+            let (boot, name) = (self.boot(), &self.name);
+            if !self.control.map_in_doubt(&boot) {
+                log::error!(
+                    "{name}: the next backup must be a full one, after 'tracker reset': {}",
+                    with_sources(error)
+                );
+            }
+            self.control.note_map_in_doubt(&boot);
             if let Some(intent) = &self.intent {
                 self.give_up_log(io, intent, &with_sources(error)).await;
             }

@@ -171,6 +171,14 @@ pub enum Error {
         /// The disk.
         disk: String,
     },
+    /// A flush of the change map has failed, and what was marked before may have left memory since.
+    #[error(
+        "the change map of disk '{disk}' could not be written, and what has changed is not certain: the next backup must be a full one, of a new generation ('tracker reset')"
+    )]
+    MarksLost {
+        /// The disk.
+        disk: String,
+    },
     /// Tracking was to be switched on or off, and is already.
     #[error("tracking of disk '{disk}' is {state} already: nothing was changed")]
     TrackingAlready {
@@ -490,6 +498,7 @@ impl Error {
             Self::TooManySnapshots { .. } => "too-many-snapshots",
             Self::EpochsExhausted { .. } => "epochs-exhausted",
             Self::NotTracked { .. } => "not-tracked",
+            Self::MarksLost { .. } => "marks-lost",
             Self::TrackingAlready { .. } => "tracking-already",
             Self::PastEnd { .. } => "past-end",
             Self::BadSize { .. } => "bad-size",

@@ -421,7 +421,11 @@ impl<S: Storage> Disk<S> {
             intent = Some(new_intent(io, &options, &names, &next.disk, capacity).await?);
             control.note_log_in_doubt(&options.boot, false);
         }
-        if flush_failed || control.map_in_doubt(&options.boot) {
+        let map_in_doubt = control.map_in_doubt(&options.boot);
+        if verdict.reset.is_some() {
+            control.forget_map_in_doubt();
+        }
+        if flush_failed || map_in_doubt {
             // What a flush could not write is not written by a later one: a stop of the host ends the history.
             // So it is with what a flush of the image could not write, if an instant holds it.
             next.state = DiskState::Unlogged;

@@ -101,6 +101,8 @@ impl<S: Storage> Disk<S> {
         .await?;
         self.switched_off.store(switched_off, SeqCst);
         self.history.begin_generation(generation, next);
+        // Behind the gate: a flush that fails from here on is noted again.
+        self.control.forget_map_in_doubt();
         drop(closed);
         *self.began.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
         self.checkpoints.end_generation(io, &self.dir, Some(ended), reason.code()).await;

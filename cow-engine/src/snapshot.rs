@@ -41,6 +41,8 @@ pub struct Snapshot<S: Storage> {
     pub(crate) created_ns: u64,
     /// Runs of keys that someone is preserving, or releasing.
     pub(crate) claims: Claims,
+    /// Everything that was marked by the instant is on the medium of the change map.
+    pub(crate) marks_durable: AtomicBool,
     /// Part of the image where a reader found data, no holes; empty at first.
     pub(crate) seen_data: Mutex<ByteRange>,
     /// Grains that readers have released.
@@ -110,6 +112,7 @@ impl<S: Storage> Snapshot<S> {
             capacity: header.capacity,
             created_ns: header.created_ns,
             claims: Claims::default(),
+            marks_durable: AtomicBool::new(false),
             seen_data: Mutex::new(ByteRange::new(0, 0)),
             released: Released::new(header.capacity.div_ceil(GRAIN as u64)),
             disk: header.disk,

@@ -116,6 +116,11 @@ impl<C: Cells> Control<C> {
         self.word(MAP_DOUBT).store(tag_of(boot), SeqCst);
     }
 
+    /// A new generation begins: what was marked before does not count.
+    pub(crate) fn forget_map_in_doubt(&self) {
+        self.word(MAP_DOUBT).store(0, SeqCst);
+    }
+
     /// Notes that `count` more records of a snapshot are written, before they are published.
     pub(crate) fn note_records(&self, sequence: u32, count: u32) {
         self.records_word(sequence).fetch_add(count, SeqCst);

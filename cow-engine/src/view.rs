@@ -8,7 +8,7 @@
 //! Readers take no lock that a guest's write waits for.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::fence;
 use std::sync::{Arc, PoisonError};
 
@@ -258,9 +258,30 @@ impl<S: Storage> View<S> {
                 keep(changed);
             });
         }
+        self.settle_marks(io).await?;
         self.check()?;
         found.truncate(limit);
         Ok(found)
+    }
+
+    /// Makes sure, once, that no mark was lost on its way to the medium before it was read.
+    ///
+    /// A page of the map that the kernel could not write is clean all the same, and may leave memory: who reads it then
+    /// finds what the medium has. Such a failure is told to the next flush. So what was read before a flush that succeeds
+    /// was whole, and what was marked by the instant stays so, on the medium. Once one has failed none is proof.
+    ///
+    /// # Errors
+    /// [`Error::MarksLost`]; that of the flush.
+    pub(crate) async fn settle_marks(&self, io: &S) -> Result<(), Error> {
+        if self.snapshot.marks_durable.load(Acquire) {
+            return Ok(());
+        }
+        self.disk.sync_map(io, &self.disk.map_cells()).await?;
+        if self.disk.control.map_in_doubt(&self.disk.boot()) {
+            return Err(Error::MarksLost { disk: self.disk.name.clone() });
+        }
+        self.snapshot.marks_durable.store(true, Release);
+        Ok(())
     }
 
     /// The grid in which changes are told.

@@ -14,7 +14,7 @@ use cow_engine::group::{self, Admin};
 use cow_engine::handover::{self, Arrival, Left, Place};
 use cow_engine::memory::Source;
 use cow_engine::sim::{FileKind, OpKind, Rule, Sim, SimDir, SimFile, SimStorage};
-use cow_engine::{Disk, DiskOptions, Durability, OpenReport, ResetReason, Storage, StorePlan, View};
+use cow_engine::{Disk, DiskOptions, Durability, Error, OpenReport, ResetReason, Storage, StorePlan, View};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 64;
@@ -466,5 +466,63 @@ fn a_question_just_after_a_disk_grew_leaves_no_change_out() {
         let told = rig.changes(&disk, "b", since);
         let wanted = (1..=PAGES).map(|page| page * PAGE_BLOCKS);
         assert!(wanted.clone().all(|block| told.contains(&block)), "seed {seed}: {told:?}");
+    }
+}
+
+/// The change map cannot be written, and leaves memory. Nothing is told of changes from then on, also after a kill, until a
+/// new generation begins.
+#[test]
+fn marks_that_left_memory_are_not_taken_for_none() {
+    let asked = |rig: &mut Rig, disk: &SimDisk, since: ChangeId| {
+        let snapshot = disk.snapshot("b").expect("it was taken");
+        let epoch = disk.resolve(since, snapshot.change_id()).expect("an instant of this history");
+        let (io, view) = (rig.io.clone(), View::new(disk.clone(), snapshot));
+        let all = ByteRange::new(0, view.capacity());
+        rig.run(async move { view.changes(&io, epoch, all, usize::MAX).await })
+    };
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        let since = rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        if seed % 2 == 0 {
+            rig.snapshot(&disk, "b");
+        }
+        rig.fail(OpKind::SyncCells, FileKind::State);
+        let (io, flushed) = (rig.io.clone(), disk.clone());
+        let range = [ByteRange::new(2 * BLOCK, 3 * BLOCK)];
+        rig.run(async move { flushed.mark_changed(&io, flushed.lane(), &range).await })
+            .expect_err("it is not durable");
+        rig.fail_no_more();
+        if seed % 2 == 1 {
+            rig.snapshot(&disk, "b");
+        }
+        let told = asked(&mut rig, &disk, since);
+        assert!(matches!(told, Err(Error::MarksLost { .. })), "seed {seed}: {told:?}");
+        let next = disk.check_incremental(since);
+        assert!(matches!(next, Err(Error::MarksLost { .. })), "seed {seed}: {next:?}");
+        rig.beat(&disk);
+        drop(disk);
+        rig.sim.kill();
+        let (disk, _) = rig.open();
+        let told = asked(&mut rig, &disk, since);
+        assert!(matches!(told, Err(Error::MarksLost { .. })), "seed {seed}, after a kill: {told:?}");
+    }
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.fail(OpKind::SyncCells, FileKind::State);
+        let (io, flushed) = (rig.io.clone(), disk.clone());
+        let range = [ByteRange::new(2 * BLOCK, 3 * BLOCK)];
+        rig.run(async move { flushed.mark_changed(&io, flushed.lane(), &range).await })
+            .expect_err("it is not durable");
+        rig.fail_no_more();
+        let (io, begun) = (rig.io.clone(), disk.clone());
+        let reset = async move { begun.reset_tracking(&mut Admin::new(), &io, PATIENCE).await };
+        let since = rig.run(reset).expect("a new generation");
+        rig.write(&disk, 3, 1);
+        rig.snapshot(&disk, "b");
+        let told = rig.changes(&disk, "b", since);
+        assert!(told.contains(&3) && !told.contains(&4), "seed {seed}: {told:?}");
     }
 }

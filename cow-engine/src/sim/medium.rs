@@ -320,6 +320,19 @@ impl File {
         }
     }
 
+    /// What is lost, and clean, leaves memory too: what the medium has is read from now on. Not the first page,
+    /// which is written to again and again.
+    pub(super) fn forget_lost_cells(&mut self) {
+        let Some(mapped) = &mut self.mapped else { return };
+        for (page, lost) in mapped.lost.extract_if(1.., |_, _| true) {
+            let first = page * CELLS_PER_PAGE;
+            for (nth, lost) in (first..).zip(lost) {
+                // What was stored since made the page dirty again: it stays.
+                let _ = mapped.cells[nth].compare_exchange(lost, mapped.synced[nth], SeqCst, SeqCst);
+            }
+        }
+    }
+
     /// The cells as they are, to be put back by [`File::restore_cells`].
     pub(super) fn cells_now(&self) -> Option<Vec<u32>> {
         self.mapped.as_ref().map(|mapped| mapped.cells.iter().map(|cell| cell.load(SeqCst)).collect())

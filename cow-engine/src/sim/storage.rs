@@ -17,6 +17,7 @@ use super::FileKind;
 use super::medium::PAGE;
 use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World};
 use crate::areas::{AreaKind, OpenedArea};
+use crate::format::MAP_FILE;
 use crate::memory::{Source, Target};
 use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
 
@@ -320,11 +321,19 @@ impl Storage for SimStorage {
         let called = self.call(OpKind::SyncCells);
         let mut world = self.world.borrow_mut();
         let dead = world.is_dead();
-        if let Some(file) = world.files.values_mut().find(|file| file.is_mapped_as(&cells.memory)) {
+        let forgets = world.random.one_in(2);
+        let maps: Vec<u64> = world.dirs.iter().filter_map(|dir| dir.names.get(MAP_FILE).copied()).collect();
+        let mut files = world.files.iter_mut();
+        if let Some((id, file)) = files.find(|(_, file)| file.is_mapped_as(&cells.memory)) {
             match &called {
                 Ok(()) => file.sync_cells(cells.count),
                 Err(_) if dead => {}
-                Err(_) => file.lose_cells(cells.count),
+                Err(_) => {
+                    file.lose_cells(cells.count);
+                    if forgets && maps.contains(id) {
+                        file.forget_lost_cells();
+                    }
+                }
             }
         }
         called
