@@ -280,6 +280,8 @@ impl<S: Storage> View<S> {
         if self.disk.control.map_in_doubt(&self.disk.boot()) {
             return Err(Error::MarksLost { disk: self.disk.name.clone() });
         }
+        // A generation that begins forgets the doubt, after it has become the one that counts.
+        self.check_history()?;
         self.snapshot.marks_durable.store(true, Release);
         Ok(())
     }
