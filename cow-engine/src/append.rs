@@ -35,11 +35,27 @@ use crate::store::Store;
 /// Bytes with which a batch takes no more.
 const FULL: usize = 256 << 10;
 
-/// Whole grains of old content of a snapshot, for the keys from `first` on, which are claimed.
+/// Whole grains of old content of a snapshot, for some of the keys from `first` on. Those are claimed.
 pub(crate) struct Item<S: Storage> {
     pub(crate) snapshot: Arc<Snapshot<S>>,
     pub(crate) first: Key,
+    /// What was read, from the first key on.
     pub(crate) old: Buffer,
+    /// A bit for each grain of `old` that is to be kept, from the lowest on; the others are there already.
+    pub(crate) wanted: u64,
+}
+
+impl<S: Storage> Item<S> {
+    /// Grains that are to be kept.
+    fn count(&self) -> usize {
+        self.wanted.count_ones() as usize
+    }
+
+    /// Keys of the grains that are to be kept, and those grains, in order.
+    fn grains(&self) -> impl Iterator<Item = (Key, &[u8])> {
+        let all = (self.first.to_raw()..).map(Key::from_raw).zip(self.old.chunks_exact(GRAIN));
+        all.enumerate().filter(|(nth, _)| self.wanted >> nth & 1 != 0).map(|(_, grain)| grain)
+    }
 }
 
 /// Items that are written together.
@@ -160,7 +176,7 @@ impl<S: Storage> Appender<S> {
 impl<S: Storage> Appender<S> {
     /// Content, then records, then publication.
     async fn write(&self, io: &S, disk: &Disk<S>, items: &[Item<S>]) -> Result<(), Error> {
-        let grains: Vec<&[u8]> = items.iter().flat_map(|item| item.old.chunks_exact(GRAIN)).collect();
+        let grains: Vec<&[u8]> = items.iter().flat_map(Item::grains).map(|(_, grain)| grain).collect();
         let full: Vec<bool> = grains.iter().map(|grain| !is_zero(grain)).collect();
         let content: Vec<&[u8]> =
             grains.into_iter().zip(&full).filter(|(_, full)| **full).map(|(grain, _)| grain).collect();
@@ -182,8 +198,7 @@ impl<S: Storage> Appender<S> {
         let (rest, result) = record(io, disk, items, &slots).await;
         if result.is_err() {
             // What was published before it is not concerned.
-            let done: usize =
-                items[..items.len() - rest.len()].iter().map(|item| item.old.len() / GRAIN).sum();
+            let done: usize = items[..items.len() - rest.len()].iter().map(Item::count).sum();
             let named = slots[done..].iter();
             let slots =
                 named.filter_map(|slot| if let Slot::At(number) = slot { Some(*number) } else { None });
@@ -261,7 +276,7 @@ impl<S: Storage> Batch<S> {
 fn shares<'a, S: Storage>(items: &'a [Item<S>], mut full: &[bool]) -> Vec<(&'a Arc<Snapshot<S>>, u64)> {
     let mut shares: Vec<(&Arc<Snapshot<S>>, u64)> = Vec::with_capacity(1);
     for item in items {
-        let (mine, others) = full.split_at(item.old.len() / GRAIN);
+        let (mine, others) = full.split_at(item.count());
         full = others;
         let slots = mine.iter().filter(|full| **full).count() as u64;
         match shares.last_mut() {
@@ -297,9 +312,8 @@ async fn record<'a, S: Storage>(
         let same = rest.iter().take_while(|item| Arc::ptr_eq(&item.snapshot, &first.snapshot)).count();
         let mut entries = Vec::new();
         for item in &rest[..same] {
-            let (mine, others) = slots.split_at(item.old.len() / GRAIN);
-            let keys = (item.first.to_raw()..).map(Key::from_raw);
-            entries.extend(keys.zip(mine.iter().copied()));
+            let (mine, others) = slots.split_at(item.count());
+            entries.extend(item.grains().map(|(key, _)| key).zip(mine.iter().copied()));
             slots = others;
         }
         if let Err(error) = first.snapshot.record(io, &disk.control, &entries).await {

@@ -38,7 +38,7 @@ use crate::memory::{AlignedBuf, Source, Target};
 use crate::open::ResetReason;
 use crate::overflow::{GiveUp, Holds, Stuck};
 use crate::overlay::Overlays;
-use crate::preserve::preserve;
+use crate::preserve::{preserve, stretch};
 use crate::rewind;
 use crate::snapshot::Snapshot;
 use crate::status::Began;
@@ -452,13 +452,33 @@ impl<S: Storage> Disk<S> {
             return Ok(());
         }
         let grains = kept_grains(&snapshot, range);
-        let keys = Key::grain(grains.start)..Key::grain(grains.end);
-        let old =
-            async |keys: std::ops::Range<Key>, buffer: &mut [u8]| self.read_grains(io, keys, buffer).await;
-        match preserve(io, self, lane, &snapshot, keys, old).await {
+        if let Some(more) = stretch(&snapshot, self.tracker_grid(), &grains)
+            && snapshot.is_roomy()
+            && self.store.is_roomy()
+        {
+            match self.preserve_grains(io, lane, &snapshot, more).await {
+                Ok(()) => return Ok(()),
+                // It may be what nobody asked for that could not be read, or had no room.
+                Err(_) => snapshot.spare(),
+            }
+        }
+        match self.preserve_grains(io, lane, &snapshot, grains).await {
             Ok(()) => Ok(()),
             Err(error) => self.give_way(io, &snapshot, error, give_up).await,
         }
+    }
+
+    async fn preserve_grains(
+        &self,
+        io: &S,
+        lane: Lane,
+        snapshot: &Arc<Snapshot<S>>,
+        grains: std::ops::Range<u64>,
+    ) -> Result<(), Error> {
+        let keys = Key::grain(grains.start)..Key::grain(grains.end);
+        let old =
+            async |keys: std::ops::Range<Key>, buffer: &mut [u8]| self.read_grains(io, keys, buffer).await;
+        preserve(io, self, lane, snapshot, keys, old).await
     }
 
     /// Preserves the pages of the map that `range` is about to mark for the first time since the
@@ -659,7 +679,7 @@ pub(crate) fn grains_of(range: ByteRange) -> std::ops::Range<u64> {
 fn kept_grains<S: Storage>(snapshot: &Snapshot<S>, range: ByteRange) -> std::ops::Range<u64> {
     const SHIFT: u32 = GRAIN.trailing_zeros();
     let first = range.start() >> SHIFT;
-    first..range.end().min(snapshot.capacity).div_ceil(GRAIN as u64).max(first)
+    first..range.end().div_ceil(GRAIN as u64).min(snapshot.grains()).max(first)
 }
 
 impl Key {

@@ -5,6 +5,7 @@
 //! Absent: completeness. A word that two groups of grains share knows those of the one that was noted last; who
 //! finds nothing here asks the index.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -28,6 +29,15 @@ impl Known {
         // One load of both halves. Whoever sees the bit sees what was published before it was set.
         let now = word.load(Acquire);
         now >> 32 == tag && now & bit != 0
+    }
+
+    /// How many of `grains` were noted and not forgotten since. They are of one word: within 32 grains from a multiple
+    /// of 32 on.
+    pub(crate) fn count(&self, grains: Range<u64>) -> u32 {
+        let Some((word, tag, first)) = self.place(grains.start) else { return 0 };
+        let now = word.load(Relaxed);
+        let bits = ((1 << (grains.end - grains.start)) - 1) * first;
+        if now >> 32 == tag { (now & bits).count_ones() } else { 0 }
     }
 
     /// Notes that the snapshot has `grain`.
@@ -65,6 +75,12 @@ mod tests {
             known.note(grain);
             assert_eq!(known.has(grain), grain < 1 << 50, "grain {grain}, number {nth}");
             assert!(!known.has(grain + 1), "the neighbour of {grain}");
+            let group = grain / GROUP * GROUP;
+            assert_eq!(
+                known.count(group..group + GROUP) > 0,
+                known.has(grain),
+                "{grain} among its neighbours"
+            );
         }
         // Those that share a word with a later one are forgotten, the others are not.
         assert!(!known.has(0) && !known.has(1) && known.has(32) && known.has(GROUP * WORDS - 1));

@@ -11,6 +11,8 @@ use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::fence;
 use std::task::Poll;
 
+use cbt::BlockGrid;
+
 use crate::append::Item;
 use crate::disk::Disk;
 use crate::error::Error;
@@ -23,6 +25,13 @@ use crate::storage::Storage;
 /// Keys that are copied together at most: 256 KiB of grains. The longer the pieces, the longer the image
 /// waits while one is appended; the shorter, the more transfers there are.
 const MAX_RUN: u64 = (256 << 10) / GRAIN as u64;
+const _: () = assert!(MAX_RUN <= u64::BITS as u64, "a bit for each");
+
+/// Grains that are preserved together once guests have touched some of them, at most: 64 KiB.
+const STRETCH: u64 = 16;
+
+/// So many of them, beside the one that is to be preserved.
+const WARM: u32 = 2;
 
 /// Pieces of a long range that are under way at a time.
 const ABREAST: u64 = 4;
@@ -85,13 +94,14 @@ async fn preserve_piece<S: Storage>(
         at = claim.run().end;
         let mut within = claim.run();
         // Looked for only now: someone may have preserved part of it while we waited.
-        while let Some(run) = missing(snapshot, within.clone()) {
+        while let Some((run, wanted)) = missing(snapshot, within.clone()) {
             if snapshot.broken().is_some() {
                 return Ok(());
             }
             within.start = run.end;
             let mut buffer = disk.buffers.grains(run.end - run.start).await;
             let first = Key::from_raw(run.start);
+            // What lies between and is there already is read with the rest: one transfer, not several.
             old(first..Key::from_raw(run.end), &mut buffer).await?;
             // Whatever made `old` wrong came after the break that we now look for.
             fence(Acquire);
@@ -100,17 +110,38 @@ async fn preserve_piece<S: Storage>(
             if snapshot.broken().is_some() {
                 return Ok(());
             }
-            let item = Item { snapshot: snapshot.clone(), first, old: buffer };
+            let item = Item { snapshot: snapshot.clone(), first, old: buffer, wanted };
             disk.appender.append(io, disk, lane, item).await?;
         }
     }
     Ok(())
 }
 
-/// The first run of `keys` that the snapshot does not have, at most [`MAX_RUN`] long.
-fn missing<S: Storage>(snapshot: &Snapshot<S>, mut keys: Range<u64>) -> Option<Range<u64>> {
+/// The part of `keys`, at most [`MAX_RUN`] long, from the first to the last that the snapshot does not have; and
+/// a bit for each of its keys that it does not have.
+fn missing<S: Storage>(snapshot: &Snapshot<S>, mut keys: Range<u64>) -> Option<(Range<u64>, u64)> {
     let start = keys.find(|&key| !snapshot.has(Key::from_raw(key)))?;
     let limit = keys.end.min(start + MAX_RUN);
-    let end = (start + 1..limit).find(|&key| snapshot.has(Key::from_raw(key))).unwrap_or(limit);
-    Some(start..end)
+    let mut wanted = 1;
+    for key in start + 1..limit {
+        wanted |= u64::from(!snapshot.has(Key::from_raw(key))) << (key - start);
+    }
+    Some((start..start + u64::from(u64::BITS - wanted.leading_zeros()), wanted))
+}
+
+/// `grains` of `snapshot` and the rest of the stretch that they lie in, if guests have touched so much of it that
+/// they will probably touch the rest too; `None` if not.
+///
+/// A stretch passes the end of no tracked block. So whoever counts what was preserved as changed, as a rewind
+/// does, names no block in which nothing was.
+pub(crate) fn stretch<S: Storage>(
+    snapshot: &Snapshot<S>,
+    blocks: Option<BlockGrid>,
+    grains: &Range<u64>,
+) -> Option<Range<u64>> {
+    let len = blocks.map_or(STRETCH, |blocks| STRETCH.min(blocks.bytes() / GRAIN as u64));
+    let start = grains.start / len * len;
+    let end = start + len;
+    let warm = !grains.is_empty() && grains.end <= end && snapshot.known_in(start..end) >= WARM;
+    warm.then(|| start..end.min(snapshot.grains()))
 }

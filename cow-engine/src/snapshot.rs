@@ -79,6 +79,8 @@ pub struct Snapshot<S: Storage> {
     preserving: AtomicU32,
     /// Nobody needs what is preserved into it any more.
     ended: AtomicBool,
+    /// See [`Snapshot::spare`].
+    sparing: AtomicBool,
     /// Who writes the head.
     head: Claims,
 }
@@ -135,6 +137,7 @@ impl<S: Storage> Snapshot<S> {
             settled: AtomicU64::new(0),
             preserving: AtomicU32::new(0),
             ended: AtomicBool::new(false),
+            sparing: AtomicBool::new(false),
             head: Claims::default(),
         }
     }
@@ -372,6 +375,17 @@ impl<S: Storage> Snapshot<S> {
         Ok(())
     }
 
+    /// Whether less than half of what it may hold is in use, and nothing that it could spare has failed.
+    pub(crate) fn is_roomy(&self) -> bool {
+        let limit = self.limit.load(Relaxed);
+        !self.sparing.load(Relaxed) && (limit == 0 || self.bytes_held() < limit / 2)
+    }
+
+    /// From now on only what has to be is preserved into it.
+    pub(crate) fn spare(&self) {
+        self.sparing.store(true, Relaxed);
+    }
+
     /// Counts slots that pass to it from a newer one, whatever its limit is.
     pub(crate) fn adopt(&self, slots: u64) {
         self.slots.fetch_add(slots, SeqCst);
@@ -444,6 +458,16 @@ impl<S: Storage> Snapshot<S> {
         has
     }
 
+    /// How many of `grains` it is known to have, without a look at the index. They are within 32 from a multiple of 32 on.
+    pub(crate) fn known_in(&self, grains: Range<u64>) -> u32 {
+        self.known.count(grains)
+    }
+
+    /// Grains that the disk had at its instant.
+    pub(crate) fn grains(&self) -> u64 {
+        self.capacity.div_ceil(GRAIN as u64)
+    }
+
     /// Whether something that was preserved was all zeros.
     pub(crate) fn has_zeros(&self) -> bool {
         self.index.has_zeros()
@@ -507,6 +531,7 @@ impl<S: Storage> Snapshot<S> {
         let mut slots = 0;
         for &(key, slot) in entries.iter().filter(|(key, _)| !self.is_released(*key)) {
             self.index.insert(key, slot);
+            key.as_grain().inspect(|&grain| self.known.note(grain));
             slots += u64::from(matches!(slot, Slot::At(_)));
         }
         // After the keys, before what made them necessary: see `published`.

@@ -78,6 +78,11 @@ impl Budget {
         Ok(())
     }
 
+    /// Whether less than half of it is in use.
+    fn is_roomy(&self) -> bool {
+        self.used() < self.limit.load(SeqCst) / 2
+    }
+
     fn force(&self, bytes: u64) {
         self.used.fetch_add(bytes, SeqCst);
     }
@@ -172,6 +177,15 @@ impl<S: Storage> Store<S> {
     /// Bytes of slots that are taken.
     pub(crate) fn bytes_taken(&self) -> u64 {
         self.areas().iter().map(|area| bytes(area.taken())).sum()
+    }
+
+    /// Whether less than half is in use of what there may be, as far as that is known.
+    pub(crate) fn is_roomy(&self) -> bool {
+        let areas = self.areas.load();
+        let open = || areas.iter().filter(|area| !area.retired);
+        let grows = open().any(|area| !area.entry.bounded);
+        let free = || open().any(|area| area.taken() < area.entry.slots / 2);
+        self.budget.is_roomy() && self.shared.is_roomy() && (grows || free())
     }
 
     fn area_of(&self, slot: u32) -> Result<Arc<Area<S>>, Error> {

@@ -14,7 +14,9 @@ use cow_engine::group::{self, Admin};
 use cow_engine::handover::{self, Arrival, Left, Place};
 use cow_engine::memory::Source;
 use cow_engine::sim::{FileKind, OpKind, Rule, Sim, SimDir, SimFile, SimStorage};
-use cow_engine::{Disk, DiskOptions, Durability, Error, OpenReport, ResetReason, Storage, StorePlan, View};
+use cow_engine::{
+    Disk, DiskOptions, Durability, Error, OpenReport, ResetReason, Storage, StorePlan, Terms, View,
+};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 64;
@@ -29,6 +31,8 @@ struct Rig {
     io: SimStorage,
     image: SimFile,
     dir: SimDir,
+    /// Bytes of a tracked block.
+    tracked: u64,
 }
 
 impl Rig {
@@ -39,7 +43,7 @@ impl Rig {
     fn of_blocks(seed: u64, blocks: u64) -> Self {
         let sim = Sim::new(seed);
         let (io, image, dir) = (sim.storage(), sim.add_image(blocks * BLOCK), sim.add_dir());
-        Self { sim, io, image, dir }
+        Self { sim, io, image, dir, tracked: BLOCK }
     }
 
     /// Drives something to its end.
@@ -54,7 +58,7 @@ impl Rig {
             image_path: path.to_owned(),
             identity: self.io.identity(image),
             dir,
-            tracking: Some(BlockGrid::new(BLOCK).expect("a block size")),
+            tracking: Some(BlockGrid::new(self.tracked).expect("a block size")),
             boot: self.sim.boot(),
             events: Arc::new(|_| {}),
             merge_step: 10,
@@ -86,8 +90,13 @@ impl Rig {
     }
 
     fn snapshot(&mut self, disk: &SimDisk, name: &'static str) -> ChangeId {
+        self.snapshot_on(disk, name, Terms::default())
+    }
+
+    fn snapshot_on(&mut self, disk: &SimDisk, name: &'static str, terms: Terms) -> ChangeId {
         let (io, disks) = (self.io.clone(), [disk.clone()]);
-        let taken = async move { group::create(&mut Admin::new(), &io, &disks, name, 1, PATIENCE).await };
+        let taken =
+            async move { group::create_on(&mut Admin::new(), &io, &disks, name, 1, PATIENCE, terms).await };
         self.run(taken).expect("a snapshot").taken[0].change_id
     }
 
@@ -425,6 +434,42 @@ fn large_writes_are_preserved_whole() {
         }
     }
     assert!(cut_off > 10, "{cut_off} cut off");
+}
+
+/// What guests touch again and again is preserved with its neighbours, while there is room and within a tracked block;
+/// without room no snapshot breaks for it.
+#[test]
+fn neighbours_are_preserved_where_there_is_room() {
+    for (tracked, limit, held) in [
+        // Two grains, and their stretch with the third; twice.
+        (65536, 0, [1, 2, 16, 16, 17, 18, 32]),
+        // A stretch is no longer than a block.
+        (4096, 0, [1, 2, 3, 4, 5, 6, 7]),
+        (16384, 0, [1, 2, 4, 4, 5, 6, 8]),
+        // The stretch fits, and takes half of what there may be.
+        (65536, 32, [1, 2, 16, 16, 17, 18, 19]),
+        // It does not fit.
+        (65536, 10, [1, 2, 3, 4, 5, 6, 7]),
+    ] {
+        let mut rig = Rig::new(tracked);
+        rig.tracked = tracked;
+        let (disk, _) = rig.open();
+        for block in 0..BLOCKS {
+            rig.write(&disk, block, u8::try_from(block + 1).expect("a byte"));
+        }
+        let before = rig.content(rig.image);
+        rig.snapshot_on(&disk, "s", Terms { limit: limit * BLOCK, ..Terms::default() });
+        for (block, held) in [0, 1, 3, 2, 32, 33, 34].into_iter().zip(held) {
+            rig.write(&disk, block, 255);
+            // A page of the map is there too.
+            let now = disk.snapshot("s").expect("it was taken").bytes_held() / BLOCK;
+            assert_eq!(now, held + 1, "blocks of {tracked}, limit {limit}, block {block}");
+        }
+        let (io, view) = (rig.io.clone(), View::new(disk.clone(), disk.snapshot("s").expect("it is held")));
+        let mut bytes = vec![0; before.len()];
+        let read = rig.run(async move { view.read(&io, 0, &mut bytes).await.map(|()| bytes) });
+        assert!(read.expect("it is whole") == before, "blocks of {tracked}, limit {limit}");
+    }
 }
 
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
