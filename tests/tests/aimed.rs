@@ -472,6 +472,41 @@ fn neighbours_are_preserved_where_there_is_room() {
     }
 }
 
+/// A snapshot breaks, and its head cannot say so. Then a newer one breaks, whose head can. After a kill both are broken.
+#[test]
+fn a_break_that_no_head_tells_is_remembered_beside_another() {
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        let check = |rig: &mut Rig, disk: &SimDisk| {
+            let (io, disk) = (rig.io.clone(), disk.clone());
+            rig.run(async move { disk.check_stores(&io).await });
+        };
+        rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        check(&mut rig, &disk);
+        // A record, and nothing in the store: it was zeros.
+        rig.write(&disk, 2, 1);
+        rig.snapshot(&disk, "b");
+        let state = |op| Rule { op, file: FileKind::State, one_in: 1, error: ErrorKind::Other };
+        rig.sim.set_faults(vec![state(OpKind::Sync), state(OpKind::Write)]);
+        check(&mut rig, &disk);
+        let broken = |disk: &SimDisk, name| disk.snapshot(name).expect("it is listed").broken().is_some();
+        assert!(broken(&disk, "a") && !broken(&disk, "b"), "seed {seed}");
+        rig.fail_no_more();
+        rig.write(&disk, 1, 3);
+        rig.fail(OpKind::Sync, FileKind::State);
+        check(&mut rig, &disk);
+        assert!(broken(&disk, "b"), "seed {seed}");
+        rig.beat(&disk);
+        drop(disk);
+        rig.sim.kill();
+        rig.fail_no_more();
+        let (disk, _) = rig.open();
+        assert!(broken(&disk, "a") && broken(&disk, "b"), "seed {seed}, after a kill");
+    }
+}
+
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
 /// Then somebody asks, so that it is remembered which pages hold marks. The changes are told all the same.
 #[test]
