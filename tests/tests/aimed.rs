@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId, Epoch};
+use cow_engine::checkpoint;
 use cow_engine::group::{self, Admin};
 use cow_engine::handover::{self, Arrival, Left, Place};
 use cow_engine::memory::Source;
@@ -505,6 +506,62 @@ fn a_break_that_no_head_tells_is_remembered_beside_another() {
         let (disk, _) = rig.open();
         assert!(broken(&disk, "a") && broken(&disk, "b"), "seed {seed}, after a kill");
     }
+}
+
+/// A guest's flush fails while the disk is closed: whenever that is, the next start finds a disk that was not closed.
+#[test]
+fn a_flush_that_fails_while_a_disk_is_closed_leaves_it_unclean() {
+    let mut stamped = 0;
+    for seed in 0..4 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        let turns = rig.sim.random().below(120);
+        let (io, failing) = (rig.io.clone(), rig.io.fated(Some(OpKind::Sync), 0..u64::MAX, u64::MAX));
+        let identity = io.identity(rig.image);
+        let (closed, flushed) = rig.run(async {
+            let flush = async {
+                for _ in 0..turns {
+                    io.turn().await;
+                }
+                disk.flush(&failing).await
+            };
+            futures_util::future::join(disk.close(&io, || Ok(identity)), flush).await
+        });
+        drop(disk);
+        rig.sim.kill();
+        let (_, report) = rig.open();
+        assert!(flushed.is_ok() || report.unclean, "seed {seed}");
+        stamped += usize::from(closed.is_ok());
+    }
+    assert!(stamped > 0, "none was late enough");
+}
+
+/// A checkpoint that could not be made durable cannot be removed either. Once a start has told of it, it stays.
+#[test]
+fn a_checkpoint_that_a_start_told_is_not_taken_back() {
+    let (mut failed, mut told) = (0, 0);
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        rig.snapshot(&disk, "s");
+        let (io, disks) = (rig.io.fated(None, seed % 40..u64::MAX, u64::MAX), [disk.clone()]);
+        let made = rig.run(async move { checkpoint::create(&mut Admin::new(), &io, &disks, "c", "s").await });
+        failed += usize::from(made.is_err());
+        rig.beat(&disk);
+        drop(disk);
+        rig.sim.kill();
+        let names = |disk: &SimDisk| disk.checkpoints().iter().map(|one| one.name().to_owned()).collect();
+        let (disk, _) = rig.open();
+        let found: Vec<String> = names(&disk);
+        told += usize::from(made.is_err()) * found.len();
+        drop(disk);
+        rig.sim.power_cut();
+        let (disk, _) = rig.open();
+        assert_eq!(found, names(&disk), "seed {seed}, after a power cut");
+    }
+    assert!(told > 0, "of {failed} that failed none was there");
 }
 
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
