@@ -14,7 +14,7 @@ use cow_engine::checkpoint;
 use cow_engine::group::{self, Admin};
 use cow_engine::handover::{self, Arrival, Left, Place};
 use cow_engine::memory::Source;
-use cow_engine::sim::{FileKind, OpKind, Rule, Sim, SimDir, SimFile, SimStorage};
+use cow_engine::sim::{Damage, FileKind, OpKind, Rule, Sim, SimDir, SimFile, SimStorage};
 use cow_engine::{
     Disk, DiskOptions, Durability, Error, OpenReport, ResetReason, Storage, StorePlan, Terms, View,
 };
@@ -53,7 +53,12 @@ impl Rig {
     }
 
     fn open_with(&mut self, image: SimFile, dir: SimDir, path: &str) -> (SimDisk, OpenReport) {
-        let options = DiskOptions {
+        let (io, options) = (self.io.clone(), self.options(image, dir, path));
+        self.run(async move { Disk::open(&io, options).await }).expect("a state directory")
+    }
+
+    fn options(&self, image: SimFile, dir: SimDir, path: &str) -> DiskOptions<SimStorage> {
+        DiskOptions {
             name: "d".to_owned(),
             image,
             image_path: path.to_owned(),
@@ -66,9 +71,7 @@ impl Rig {
             store: StorePlan::default(),
             region_bytes: Some(4096),
             meanwhile: self.io.meanwhile(),
-        };
-        let io = self.io.clone();
-        self.run(async move { Disk::open(&io, options).await }).expect("a state directory")
+        }
     }
 
     fn open(&mut self) -> (SimDisk, OpenReport) {
@@ -562,6 +565,38 @@ fn a_checkpoint_that_a_start_told_is_not_taken_back() {
         assert_eq!(found, names(&disk), "seed {seed}, after a power cut");
     }
     assert!(told > 0, "of {failed} that failed none was there");
+}
+
+/// The superblock is gone, a start begins a new generation and is cut off, and a power cut brings the superblock back: over
+/// the map that belongs to it, or not to be believed.
+#[test]
+fn a_superblock_that_comes_back_finds_its_map() {
+    let (mut kept, mut ended) = (0, 0);
+    for seed in 0..4 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        let since = rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        rig.cool(&disk);
+        rig.beat(&disk);
+        drop(disk);
+        rig.sim.kill();
+        rig.sim.damage(rig.dir, "superblock", Damage::Remove);
+        let io = rig.io.fated(None, 0..0, seed % 80);
+        let options = rig.options(rig.image, rig.dir, "/d.img");
+        let cut_off =
+            rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX).is_none();
+        rig.sim.power_cut();
+        let (disk, _) = rig.open();
+        let id = rig.snapshot(&disk, "b");
+        if disk.resolve(since, id).is_ok() {
+            kept += usize::from(cut_off);
+            assert!(rig.changes(&disk, "b", since).contains(&1), "seed {seed}");
+        } else {
+            ended += 1;
+        }
+    }
+    assert!(kept > 10 && ended > 10, "{kept} went on, {ended} ended");
 }
 
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
