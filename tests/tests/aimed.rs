@@ -637,6 +637,66 @@ fn an_older_one_leads_past_what_could_not_be_removed() {
     }
 }
 
+/// While a reader reads the live disk, another snapshot is taken, and a change preserves into that one.
+#[test]
+fn a_reader_finds_what_a_newer_snapshot_has_preserved_meanwhile() {
+    for seed in 0..4 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        rig.snapshot(&disk, "a");
+        let (io, disks) = (rig.io.clone(), [disk.clone()]);
+        let view = View::new(disk.clone(), disk.snapshot("a").expect("it was taken"));
+        let turns = rig.sim.random().below(40);
+        let (read, ()) = rig.run(async {
+            let read = async {
+                for _ in 0..turns {
+                    io.turn().await;
+                }
+                let mut bytes = [0; 4096];
+                view.read(&io, BLOCK, &mut bytes).await.map(|()| bytes)
+            };
+            let change = async {
+                let taken = group::create(&mut Admin::new(), &io, &disks, "b", 1, PATIENCE).await;
+                taken.expect("a snapshot");
+                let bytes = Source::of(&[2; 4096]);
+                let written = disk.write(&io, disk.lane(), BLOCK, bytes, Durability::Cached).await;
+                written.expect("written");
+            };
+            futures_util::future::join(read, change).await
+        });
+        assert_eq!(read.expect("readable"), [1; 4096], "seed {seed}");
+    }
+}
+
+/// A creation fails, and the daemon is killed while it is undone: the older snapshot stays whole.
+#[test]
+fn a_creation_that_is_undone_breaks_no_older_snapshot() {
+    let mut cut_off = 0;
+    for seed in 0..8 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        rig.snapshot(&disk, "a");
+        rig.beat(&disk);
+        let mut random = rig.sim.random();
+        let fails = random.below(12);
+        let io = rig.io.fated(None, fails..fails + 1, fails + random.below(6));
+        let disks = [disk.clone()];
+        let made = async move { group::create(&mut Admin::new(), &io, &disks, "b", 1, PATIENCE).await };
+        cut_off += usize::from(rig.sim.run(made, u64::MAX).is_none());
+        drop(disk);
+        rig.sim.kill();
+        // The first start may be told of the flush that failed.
+        let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
+        let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
+        let (disk, report) = rig.open();
+        let held = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
+        assert!(held, "seed {seed}: {report:?}");
+    }
+    assert!(cut_off > 10, "{cut_off} cut off");
+}
+
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
 /// Then somebody asks, so that it is remembered which pages hold marks. The changes are told all the same.
 #[test]
