@@ -1060,11 +1060,19 @@ fn rules(random: &mut Random, profile: Profile) -> Vec<Rule> {
         (OpKind::SetLen, Image, ErrorKind::Other, 2),
         (OpKind::SetLen, State, ErrorKind::Other, 2),
     ];
+    let lost = Rule {
+        op: OpKind::WriteBack,
+        file: State,
+        one_in: *random.pick(&[20, 100, 400]),
+        error: ErrorKind::Other,
+    };
+    let lost = random.one_in(3).then_some(lost);
     (0..random.within(1..5))
         .map(|_| {
             let more = !own.is_empty() && random.one_in(2);
             let &(op, file, error, one_in) = random.pick(if more { own } else { &kinds });
             Rule { op, file, one_in, error }
         })
+        .chain(lost)
         .collect()
 }
