@@ -15,6 +15,7 @@ use super::FileKind;
 use super::medium::{Captured, Dir, File, PAGE, SECTOR};
 use super::random::Random;
 use crate::format::MAP_FILE;
+use crate::rewind::DONE_FILE;
 
 /// Kinds of operation that a fault can be aimed at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -498,6 +499,7 @@ impl World {
 pub(super) fn may_leave(name: &str) -> Option<usize> {
     match name {
         MAP_FILE => Some(1),
+        DONE_FILE => Some(0),
         _ => None,
     }
 }
