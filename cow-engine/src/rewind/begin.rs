@@ -145,7 +145,7 @@ impl<S: Storage> Disk<S> {
         // What the slots held may have been lost, which breaks it.
         check_readable(target)?;
         let grains = plan.grains();
-        Ok(Rewind::of_parts(head, file, plan, Done::new(cells, synced, grains, true), lane))
+        Ok(Rewind::of_parts(head, file, plan, Done::new(cells, synced, grains), lane))
     }
 
     /// Makes the rewind hold over any stop, or undoes it.

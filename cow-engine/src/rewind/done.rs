@@ -54,9 +54,34 @@ pub(crate) fn bytes_needed(grains: u64) -> u64 {
 }
 
 impl<S: Storage> Done<S> {
-    /// The bits as they are in `cells`, none of which need be in `synced`. Nothing is missing if they are `whole`.
-    pub(super) fn new(cells: S::Cells, synced: S::File, grains: u64, whole: bool) -> Self {
-        let bits: Box<[_]> = cells.cells().iter().map(|cell| AtomicU32::new(cell.load(Relaxed))).collect();
+    /// No grain is back. `cells` has no bit, and `synced` need not have the bytes.
+    pub(super) fn new(cells: S::Cells, synced: S::File, grains: u64) -> Self {
+        let bits = cells.cells().iter().map(|_| AtomicU32::new(0)).collect();
+        Self::of_parts(bits, cells, synced, grains, true)
+    }
+
+    /// What the synced copy says, and `cells`, which are of an earlier process or empty if they are `new`.
+    pub(super) async fn load(
+        io: &S,
+        cells: S::Cells,
+        synced: S::File,
+        grains: u64,
+        new: bool,
+    ) -> Result<Self, Error> {
+        let mut bits = Vec::with_capacity(cells.cells().len());
+        let mut bytes = [0; PAGE];
+        for (page, cells) in cells.cells().chunks(CELLS_PER_PAGE).enumerate() {
+            let read = io.read(&synced, (page * PAGE) as u64, Target::of(&mut bytes)).await;
+            read.map_err(Error::io("reading what a rewind has brought back"))?;
+            for (cell, bytes) in cells.iter().zip(bytes.as_chunks::<4>().0) {
+                let synced = u32::from_le_bytes(*bytes);
+                bits.push(AtomicU32::new(cell.fetch_or(synced, Relaxed) | synced));
+            }
+        }
+        Ok(Self::of_parts(bits.into(), cells, synced, grains, new))
+    }
+
+    fn of_parts(bits: Box<[AtomicU32]>, cells: S::Cells, synced: S::File, grains: u64, whole: bool) -> Self {
         let set: u64 = bits.iter().map(|cell| u64::from(cell.load(Relaxed).count_ones())).sum();
         let pages = bits.len() / CELLS_PER_PAGE;
         let numbers = |first: u32| (0..pages).map(|_| AtomicU32::new(first)).collect();
@@ -158,19 +183,6 @@ impl<S: Storage> Done<S> {
         }
         Ok(())
     }
-}
-
-/// Adds what the synced copy says to the cells.
-pub(super) async fn restore<S: Storage>(io: &S, cells: &S::Cells, synced: &S::File) -> Result<(), Error> {
-    let mut bytes = [0; PAGE];
-    for (page, cells) in cells.cells().chunks(CELLS_PER_PAGE).enumerate() {
-        let read = io.read(synced, (page * PAGE) as u64, Target::of(&mut bytes)).await;
-        read.map_err(Error::io("reading what a rewind has brought back"))?;
-        for (cell, bytes) in cells.iter().zip(bytes.as_chunks::<4>().0) {
-            cell.fetch_or(u32::from_le_bytes(*bytes), Relaxed);
-        }
-    }
-    Ok(())
 }
 
 fn cell_of(ordinal: u64) -> usize {

@@ -163,12 +163,10 @@ async fn take_up<S: Storage>(
     // Also if it is there: someone may have copied it with holes.
     io.allocate(&cells_file, bytes).map_err(fail())?;
     let cells = io.map(&cells_file, count).map_err(fail())?;
-    done::restore(io, &cells, &synced).await?;
     let head = Head { state: State::UnderWay, ..head };
     head.write(io, &file).await?;
-    let grains = plan.grains();
-    let rewind =
-        Rewind::of_parts(head, file, plan, Done::new(cells, synced, grains, !same_boot), gate.lane());
+    let done = Done::load(io, cells, synced, plan.grains(), !same_boot).await?;
+    let rewind = Rewind::of_parts(head, file, plan, done, gate.lane());
     Ok(std::sync::Arc::new(rewind))
 }
 

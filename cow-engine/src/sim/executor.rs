@@ -146,6 +146,13 @@ impl Sim {
         self.world.borrow().dirs[dir.index()].names.contains_key(name)
     }
 
+    /// Whether the kernel could not write back a page of a mapping of this file since the boot began.
+    pub fn has_lost(&self, dir: SimDir, name: &str) -> bool {
+        let world = self.world.borrow();
+        let file = world.dirs[dir.index()].names.get(name).and_then(|id| world.files.get(id));
+        file.is_some_and(|file| file.has_lost)
+    }
+
     /// Bytes of a state file; 0 if there is no such file.
     pub fn len_of(&self, dir: SimDir, name: &str) -> u64 {
         let world = self.world.borrow();

@@ -141,6 +141,8 @@ pub(super) struct File {
     pub(super) untold_failure: bool,
     /// The kernel could not write back a page of the mapping by itself: the next sync of it is told.
     pub(super) untold_loss: bool,
+    /// It could not since the boot began.
+    pub(super) has_lost: bool,
     pages: BTreeMap<u64, Page>,
     /// What a power cut may bring back: pages as they were when the file was cut, which no sync has made durable.
     cut_off: BTreeMap<u64, Page>,
@@ -159,6 +161,7 @@ impl File {
             failed_syncs: 0,
             untold_failure: false,
             untold_loss: false,
+            has_lost: false,
             pages: BTreeMap::new(),
             cut_off: BTreeMap::new(),
             mapped: None,
@@ -338,7 +341,7 @@ impl File {
         if !dirty.is_empty() {
             let &page = random.pick(&dirty);
             mapped.lost.insert(page, mapped.page(page, count));
-            self.untold_loss = true;
+            (self.untold_loss, self.has_lost) = (true, true);
         }
         if random.one_in(2) {
             self.forget_lost_cells(first);

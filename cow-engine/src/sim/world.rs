@@ -482,7 +482,7 @@ impl World {
         let Self { files, dirs, random, .. } = self;
         for file in files.values_mut() {
             file.untold_failure = false;
-            file.untold_loss = false;
+            (file.untold_loss, file.has_lost) = (false, false);
             file.power_cut(random);
         }
         for dir in dirs.iter_mut() {
