@@ -141,7 +141,7 @@ pub(super) struct File {
     pub(super) untold_failure: bool,
     /// The kernel could not write back a page of the mapping by itself: the next sync of it is told.
     pub(super) untold_loss: bool,
-    /// It could not since the boot began.
+    /// By itself or in a sync it could not, since the boot began.
     pub(super) has_lost: bool,
     pages: BTreeMap<u64, Page>,
     /// What a power cut may bring back: pages as they were when the file was cut, which no sync has made durable.
@@ -329,6 +329,7 @@ impl File {
             let first = page * CELLS_PER_PAGE;
             if mapped.synced[first..first + now.len()] != now {
                 mapped.lost.insert(page, now);
+                self.has_lost = true;
             }
         }
     }

@@ -500,6 +500,7 @@ pub(super) fn may_leave(name: &str) -> Option<usize> {
     match name {
         MAP_FILE => Some(1),
         DONE_FILE => Some(0),
+        _ if name.ends_with(".overlay-cells") => Some(0),
         _ => None,
     }
 }

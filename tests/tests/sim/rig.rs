@@ -325,8 +325,16 @@ impl<'a> Rig<'a> {
     fn kill(&mut self) {
         self.sim.kill();
         for spec in &mut self.specs {
-            spec.lossy |= self.sim.has_lost(spec.dir, "rewind-done");
+            spec.lossy |= self.sim.has_lost(spec.dir, "rewind-done").is_some();
         }
+        let dirs: Vec<SimDir> = self.specs.iter().map(|spec| spec.dir).collect();
+        overlays::note_lost(&self.shared, |at| {
+            let names = self.sim.names(dirs[at]).expect("a directory");
+            let cells = names.iter().filter(|name| name.ends_with(".overlay-cells"));
+            let lost: Vec<_> = cells.map(|name| self.sim.has_lost(dirs[at], name)).collect();
+            // Which file is whose nobody knows here.
+            lost.iter().any(Option::is_some).then(|| lost.iter().all(|one| *one == Some(true)))
+        });
     }
 
     /// Signs of life of all disks, as a thread of its own gives them.
