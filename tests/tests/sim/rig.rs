@@ -324,6 +324,11 @@ impl<'a> Rig<'a> {
     /// The process ends here.
     fn kill(&mut self) {
         self.sim.kill();
+        self.note_lost();
+    }
+
+    /// Notes what the kernel could not write back, and the next process may miss.
+    fn note_lost(&mut self) {
         for spec in &mut self.specs {
             spec.lossy |= self.sim.has_lost(spec.dir, "rewind-done").is_some();
         }
@@ -448,6 +453,8 @@ impl<'a> Rig<'a> {
             self.sim.set_faults(Vec::new());
             match opened {
                 Some(Ok(opened)) => {
+                    // Also what it lost before it was taken up.
+                    self.note_lost();
                     if !faulty {
                         self.agrees(&looked, &opened, &blocks);
                     }
