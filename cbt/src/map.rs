@@ -121,9 +121,8 @@ impl<C: Cells> Map<C> {
     pub fn clear_page(&self, page: PageIndex) {
         let first = to_index(page) * CELLS_PER_PAGE;
         for cell in &self.cells.cells()[first..first + CELLS_PER_PAGE] {
-            if cell.load(Relaxed) != 0 {
-                cell.store(0, Relaxed);
-            }
+            // Also where it is zero: a page that could not be written is clean, and only a store has it written again.
+            cell.store(0, Relaxed);
         }
     }
 }

@@ -51,7 +51,7 @@ const ZERO_PIECE: u64 = 1 << 30;
 
 /// A snapshot's view that can be written. Clones are the same overlay.
 ///
-/// Price: 1 bit of disk space and memory for each grain of the disk, a copy in memory for each request
+/// Price: 1 bit of disk space and 2 of memory for each grain of the disk, a copy in memory for each request
 /// that is not wholly the overlay's yet, and a file system for the state directory whose files may be
 /// as long as the disk.
 pub struct Overlay<S: Storage> {

@@ -62,7 +62,9 @@ pub(crate) async fn preserve<S: Storage>(
 }
 
 /// Waits for all; the first error, once all have ended.
-async fn join_all<F: Future<Output = Result<(), Error>>>(mut futures: Vec<Pin<Box<F>>>) -> Result<(), Error> {
+pub(crate) async fn join_all<F: Future<Output = Result<(), Error>>>(
+    mut futures: Vec<Pin<Box<F>>>,
+) -> Result<(), Error> {
     let mut result = Ok(());
     poll_fn(|cx| {
         futures.retain_mut(|future| match future.as_mut().poll(cx) {

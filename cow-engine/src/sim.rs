@@ -18,6 +18,8 @@
 //! - **Faults** by chance, aimed at kinds of operation and of file ([`Rule`]). A write that fails leaves
 //!   some of its pieces. A sync that fails leaves sectors that no later sync will write, and if its process
 //!   ended before it was told, the next sync fails: both as Linux does.
+//!   So does the kernel's own writing back of a page of mapped cells: the page is clean, may leave memory, and the next
+//!   flush of that file fails, once.
 //! - **Damage** of a state file between two lives ([`Damage`]).
 //! - **Defects** of the medium itself ([`Defect`]), to see that a suite notices.
 //! - **Deadlock.** When nothing can go on but timers, the run panics: a wake-up was lost.

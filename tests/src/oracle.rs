@@ -137,6 +137,17 @@ struct Entry {
     seen: Option<u64>,
 }
 
+/// How a life ended, for what is judged at the beginning of the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// The page cache stays.
+    Kill,
+    /// By a kill, but the kernel had lost what was not flushed, and not told it yet.
+    Loss,
+    /// What was not flushed is there or not.
+    PowerCut,
+}
+
 /// What became of a snapshot on one disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
@@ -623,17 +634,16 @@ impl Oracle {
     }
 
     /// Judges what is there after a crash, with nothing in flight, and settles on it.
-    pub fn settle(&mut self, disk: usize, power_cut: bool, at: u64, bytes: &[u8]) -> Verdict {
+    pub fn settle(&mut self, disk: usize, after: After, at: u64, bytes: &[u8]) -> Verdict {
         let now = self.now();
+        let power_cut = after == After::PowerCut;
         for (sector, bytes) in (at / SECTOR as u64..).zip(bytes.chunks_exact(SECTOR)) {
             let found = read_stamp(disk, sector, bytes)?;
-            let window = if power_cut {
-                self.durable_window(disk, sector)
-            } else {
-                self.window(disk, sector, now, now)
+            let window = match after {
+                After::Kill => self.window(disk, sector, now, now),
+                After::Loss | After::PowerCut => self.durable_window(disk, sector),
             };
-            let what = if power_cut { "after a power cut" } else { "after a kill" };
-            self.expect(&format!("{what} disk {disk}"), sector, found, &window)?;
+            self.expect(&format!("{after:?}: disk {disk}"), sector, found, &window)?;
             self.check_side(disk, sector, found, &window)?;
             if let Some(opening) = self.disks[disk].openings.last_mut() {
                 opening.seen.insert(sector, found);

@@ -10,7 +10,9 @@
 //!   are to be kept. What is read after a crash is how it is from then on.
 //! - Other overlays are gone once the disk is opened anew.
 //!
-//! Absent: flushes. A stop of the host either comes after a close in order, or costs the overlay.
+//! - What the kernel could not write back is lost by a kill, as far as no flush had covered it, and then a flush fails.
+//!
+//! Absent: flushes otherwise. A stop of the host either comes after a close in order, or costs the overlay.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -49,6 +51,14 @@ pub struct OverlayModel {
     pub keep: bool,
     /// What became of it.
     pub fate: Fate,
+    /// What had held by then was flushed.
+    flushed: u64,
+    /// A flush has failed: no later one covers what was before it.
+    refused: bool,
+    /// What no flush had covered may be lost.
+    lossy: bool,
+    /// The next flush is told of it.
+    untold: bool,
     changes: Vec<Change>,
     sectors: BTreeMap<u64, Vec<usize>>,
     in_flight: Vec<(usize, Range<u64>)>,
@@ -83,6 +93,10 @@ impl OverlayOracle {
             name: name.to_owned(),
             keep,
             fate: Fate::Creating,
+            flushed: 0,
+            refused: false,
+            lossy: false,
+            untold: false,
             changes: Vec::new(),
             sectors: BTreeMap::new(),
             in_flight: Vec::new(),
@@ -133,6 +147,31 @@ impl OverlayOracle {
         overlay.in_flight.retain(|(held, _)| *held != number - 1);
     }
 
+    /// A flush that was issued at `issued` was answered.
+    pub fn flushed(&mut self, overlay: usize, issued: u64, ok: bool) -> Verdict {
+        let held = &mut self.overlays[overlay];
+        if ok && std::mem::take(&mut held.untold) {
+            return Err(format!("overlay {}: a flush succeeded over what was lost", held.name));
+        }
+        held.untold &= ok;
+        held.refused |= !ok;
+        if !held.refused {
+            held.flushed = issued;
+        }
+        Ok(())
+    }
+
+    /// The kernel had lost something of an overlay when the process was killed; perhaps it has to tell that.
+    pub fn lost(&mut self, overlay: usize, untold: bool) {
+        let held = &mut self.overlays[overlay];
+        (held.lossy, held.untold) = (true, untold);
+    }
+
+    /// Everything was judged that a kill has left.
+    pub fn settled(&mut self, overlay: usize) {
+        self.overlays[overlay].lossy = false;
+    }
+
     /// Grains that were ever touched.
     pub fn touched(&self, overlay: usize) -> BTreeSet<u64> {
         self.overlays[overlay].sectors.keys().map(|sector| sector / 8).collect()
@@ -152,6 +191,7 @@ impl OverlayOracle {
         let end = oracle.now();
         for (sector, bytes) in (at / SECTOR as u64..).zip(bytes.chunks_exact(SECTOR)) {
             let held = &self.overlays[overlay];
+            let begin = if settle && held.lossy { held.flushed } else { begin };
             let window = held.window(sector, begin, end);
             let own = read_stamp(FIRST_SALT + overlay, sector, bytes).map(Value::Stamp);
             let found = match own {

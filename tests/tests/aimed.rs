@@ -796,3 +796,60 @@ fn marks_that_left_memory_are_not_taken_for_none() {
         assert!(told.contains(&3) && !told.contains(&4), "seed {seed}: {told:?}");
     }
 }
+
+/// A generation ends while marks are read that have left memory; with it the note ends that a flush of the map had failed.
+/// What was read is not told all the same.
+#[test]
+fn marks_of_a_generation_that_ends_meanwhile_are_not_taken_for_proved() {
+    let (mut told, mut ended) = (0, 0);
+    for seed in 0..10 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        let (io, looked) = (rig.io.clone(), disk.clone());
+        rig.run(async move { looked.look_for_marks(&io).await });
+        let since = rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        rig.snapshot(&disk, "b");
+        let (io, cooled) = (rig.io.clone(), disk.clone());
+        rig.run(async move { cooled.cool(&io).await });
+        let mut random = rig.sim.random();
+        let mut later = |io: &SimStorage, most: u64| {
+            let (io, turns) = (io.clone(), random.below(most));
+            async move {
+                for _ in 0..turns {
+                    io.turn().await;
+                }
+            }
+        };
+        let (io, off, wait) = (rig.io.clone(), disk.clone(), later(&rig.io, 40));
+        rig.sim.spawn(async move {
+            wait.await;
+            off.disable_tracking(&mut Admin::new(), &io, PATIENCE).await.expect("nothing is in flight");
+        });
+        // Its flush of the map fails.
+        let (fated, cooled, wait) =
+            (rig.io.fated(Some(OpKind::SyncCells), 0..1, u64::MAX), disk.clone(), later(&rig.io, 40));
+        rig.sim.spawn(async move {
+            wait.await;
+            cooled.cool(&fated).await;
+        });
+        let snapshot = disk.snapshot("b").expect("it was taken");
+        let epoch = disk.resolve(since, snapshot.change_id()).expect("an instant of this history");
+        let (io, view, wait) = (rig.io.clone(), View::new(disk, snapshot), later(&rig.io, 60));
+        let all = ByteRange::new(0, view.capacity());
+        let answer = rig.run(async move {
+            wait.await;
+            view.changes(&io, epoch, all, usize::MAX).await
+        });
+        match answer {
+            Ok(answer) => {
+                let has = answer.iter().any(|range| range.start() <= BLOCK && 2 * BLOCK <= range.end());
+                assert!(has, "seed {seed}: {answer:?}");
+                told += 1;
+            }
+            Err(Error::NotTracked { .. }) => ended += 1,
+            Err(error) => assert!(matches!(error, Error::MarksLost { .. }), "seed {seed}: {error:?}"),
+        }
+    }
+    assert!(told > 10 && ended > 10, "{told} told, {ended} ended");
+}

@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::format::PAGE;
 use crate::group::Admin;
 use crate::memory::Target;
+use crate::preserve::join_all;
 use crate::storage::Storage;
 
 /// The checkpoints of a disk.
@@ -34,6 +35,9 @@ pub(crate) struct Checkpoints {
     last_number: AtomicU32,
 }
 
+/// Heads that are made durable at the same time, so that a start with many does not wait for a flush of the medium each.
+const TOGETHER: usize = 16;
+
 /// Names of checkpoints, or of their files, with the reason why they could not be kept.
 type Lost = Vec<(String, String)>;
 
@@ -42,7 +46,8 @@ impl Checkpoints {
     ///
     /// An error that may pass is the caller's, and nothing was changed.
     /// They are made durable: a process that was killed may have written heads and not flushed them, and a flush of one
-    /// that could not be removed may have failed.
+    /// that could not be removed may have failed. Some at a time: each stays what it is, so there is no order between
+    /// them, and a medium that is told to flush by many flushes once.
     pub(crate) async fn load<S: Storage>(
         io: &S,
         dir: &S::Dir,
@@ -50,12 +55,22 @@ impl Checkpoints {
     ) -> Result<(Self, Lost), Error> {
         let (mut list, mut unmade, mut lost) = (Vec::new(), Vec::new(), Vec::new());
         let numbers = numbers(names);
-        for &number in &numbers {
-            match load_one(io, dir, number).await {
-                Ok(Some(one)) => list.push(Arc::new(one)),
-                Ok(None) => unmade.push(number),
-                Err(error) if !error.is_damage() => return Err(error),
-                Err(error) => lost.push((number, with_sources(&error))),
+        for numbers in numbers.chunks(TOGETHER) {
+            let mut loaded: Vec<_> = numbers.iter().map(|_| Ok(None)).collect();
+            let each = numbers.iter().zip(&mut loaded).map(|(&number, loaded)| {
+                Box::pin(async move {
+                    *loaded = load_one(io, dir, number).await;
+                    Ok(())
+                })
+            });
+            join_all(each.collect()).await?;
+            for (&number, loaded) in numbers.iter().zip(loaded) {
+                match loaded {
+                    Ok(Some(one)) => list.push(Arc::new(one)),
+                    Ok(None) => unmade.push(number),
+                    Err(error) if !error.is_damage() => return Err(error),
+                    Err(error) => lost.push((number, with_sources(&error))),
+                }
             }
         }
         for number in unmade {

@@ -1,8 +1,14 @@
-//! Which grains are the overlay's own: a bit for each, in a shared mapping.
+//! Which grains are the overlay's own: a bit for each, in memory and in a shared mapping.
 //!
 //! Invariant: a bit is set after its grain is whole in the overlay's data, and never cleared; so who
 //! finds it set may read and write the grain there without asking again. The mapping is allocated in
 //! full: a bit survives this process the moment it is set, without an I/O that could fail.
+//!
+//! A page of the mapping that the kernel could not write back is clean all the same and may leave memory; who reads it
+//! then finds fewer bits. So this process goes by those in memory. The next one takes up what is in the mapping: a
+//! grain may be the view's again whose bit no flush had covered, as what is in the page cache may be lost when it
+//! cannot be written. As there the next flush says so, once: the first one of a process flushes the mapping, whatever it
+//! has set itself ([`super::layer`]).
 //! Absent: the data, and who may work on a grain whose bit is not set ([`super::layer`]).
 
 use std::ops::Range;
@@ -20,6 +26,8 @@ const BITS: u64 = u32::BITS as u64;
 
 /// See the module.
 pub(super) struct Owned<C> {
+    /// The same as in the mapping, if nothing was lost there.
+    bits: Box<[AtomicU32]>,
     cells: C,
     count: AtomicU64,
 }
@@ -34,9 +42,10 @@ impl<C: Cells> Owned<C> {
 
     /// The bits as they are in `cells`.
     pub(super) fn new(cells: C) -> Self {
-        let bits = &cells.cells()[CONTROL_CELLS..];
+        let bits = cells.cells()[CONTROL_CELLS..].iter().map(|cell| AtomicU32::new(cell.load(Relaxed)));
+        let bits: Box<[_]> = bits.collect();
         let count = bits.iter().map(|cell| u64::from(cell.load(Relaxed).count_ones())).sum();
-        Self { cells, count: AtomicU64::new(count) }
+        Self { bits, cells, count: AtomicU64::new(count) }
     }
 
     pub(super) fn cells(&self) -> &C {
@@ -95,6 +104,8 @@ impl<C: Cells> Owned<C> {
         while at < grains.end {
             let end = grains.end.min((at / BITS + 1) * BITS);
             let mask = (at..end).fold(0, |mask, grain| mask | bit(grain));
+            // For the next process first: nobody goes by a bit that it would not find.
+            self.cells.cells()[CONTROL_CELLS + index(at)].fetch_or(mask, Release);
             let before = self.cell(at).fetch_or(mask, Release);
             self.count.fetch_add(u64::from((mask & !before).count_ones()), SeqCst);
             at = end;
@@ -102,9 +113,13 @@ impl<C: Cells> Owned<C> {
     }
 
     fn cell(&self, grain: u64) -> &AtomicU32 {
-        let index = usize::try_from(grain / BITS).unwrap_or(usize::MAX - CONTROL_CELLS);
-        &self.cells.cells()[CONTROL_CELLS + index]
+        &self.bits[index(grain)]
     }
+}
+
+/// The cell of a grain's bit.
+fn index(grain: u64) -> usize {
+    usize::try_from(grain / BITS).unwrap_or(usize::MAX - CONTROL_CELLS)
 }
 
 fn bit(grain: u64) -> u32 {

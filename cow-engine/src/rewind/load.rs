@@ -11,7 +11,7 @@
 //! | names none | any | the image is the disk |
 //! | a copy or all damaged | under way, and not named by the good copy | refused |
 //!
-//! Which grains are back is believed of the mapping within one boot of the host, else of the synced copy.
+//! Which grains are back is believed of the synced copy, and of the mapping too within one boot of the host.
 
 use super::done::{self, Done};
 use super::head::{self, Head, State};
@@ -163,13 +163,10 @@ async fn take_up<S: Storage>(
     // Also if it is there: someone may have copied it with holes.
     io.allocate(&cells_file, bytes).map_err(fail())?;
     let cells = io.map(&cells_file, count).map_err(fail())?;
-    if !same_boot {
-        done::restore(io, &cells, &synced).await?;
-    }
     let head = Head { state: State::UnderWay, ..head };
     head.write(io, &file).await?;
-    let grains = plan.grains();
-    let rewind = Rewind::of_parts(head, file, plan, Done::new(cells, synced, grains), gate.lane());
+    let done = Done::load(io, cells, synced, plan.grains(), !same_boot).await?;
+    let rewind = Rewind::of_parts(head, file, plan, done, gate.lane());
     Ok(std::sync::Arc::new(rewind))
 }
 

@@ -146,6 +146,14 @@ impl Sim {
         self.world.borrow().dirs[dir.index()].names.contains_key(name)
     }
 
+    /// Whether the kernel could not write back a page of a mapping of this file since the boot began; and if so, whether
+    /// the next flush of it is told.
+    pub fn has_lost(&self, dir: SimDir, name: &str) -> Option<bool> {
+        let world = self.world.borrow();
+        let file = world.dirs[dir.index()].names.get(name).and_then(|id| world.files.get(id));
+        file.filter(|file| file.has_lost).map(|file| file.untold_loss)
+    }
+
     /// Bytes of a state file; 0 if there is no such file.
     pub fn len_of(&self, dir: SimDir, name: &str) -> u64 {
         let world = self.world.borrow();

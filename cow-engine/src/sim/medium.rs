@@ -112,6 +112,12 @@ impl Mapped {
         Self { cells, synced: values, lost: BTreeMap::new() }
     }
 
+    /// Whether a page of the first `count` cells has what a sync would write.
+    fn is_dirty(&self, page: usize, count: usize) -> bool {
+        let (first, now) = (page * CELLS_PER_PAGE, self.page(page, count));
+        self.synced[first..first + now.len()] != now && self.lost.get(&page) != Some(&now)
+    }
+
     /// The cells of a page of the first `count`, as they are.
     fn page(&self, page: usize, count: usize) -> Vec<u32> {
         let cells = &self.cells[page * CELLS_PER_PAGE..count.min((page + 1) * CELLS_PER_PAGE)];
@@ -133,6 +139,10 @@ pub(super) struct File {
     pub(super) failed_syncs: u64,
     /// A sync failed and nobody was told: the next one is.
     pub(super) untold_failure: bool,
+    /// The kernel could not write back a page of the mapping by itself: the next sync of it is told.
+    pub(super) untold_loss: bool,
+    /// By itself or in a sync it could not, since the boot began.
+    pub(super) has_lost: bool,
     pages: BTreeMap<u64, Page>,
     /// What a power cut may bring back: pages as they were when the file was cut, which no sync has made durable.
     cut_off: BTreeMap<u64, Page>,
@@ -150,6 +160,8 @@ impl File {
             durable_mtime: 0,
             failed_syncs: 0,
             untold_failure: false,
+            untold_loss: false,
+            has_lost: false,
             pages: BTreeMap::new(),
             cut_off: BTreeMap::new(),
             mapped: None,
@@ -297,7 +309,8 @@ impl File {
         if let Some(mapped) = &mut self.mapped {
             for page in 0..count.div_ceil(CELLS_PER_PAGE) {
                 let now = mapped.page(page, count);
-                if mapped.lost.get(&page) != Some(&now) {
+                // Whoever clears a page stores zeros over zeros, too: it is dirty, though nobody sees a difference.
+                if mapped.lost.get(&page) != Some(&now) || now.iter().all(|&cell| cell == 0) {
                     mapped.lost.remove(&page);
                     let first = page * CELLS_PER_PAGE;
                     mapped.synced[first..first + now.len()].copy_from_slice(&now);
@@ -316,19 +329,45 @@ impl File {
             let first = page * CELLS_PER_PAGE;
             if mapped.synced[first..first + now.len()] != now {
                 mapped.lost.insert(page, now);
+                self.has_lost = true;
             }
         }
     }
 
-    /// What is lost, and clean, leaves memory too: what the medium has is read from now on. Not the first page,
-    /// which is written to again and again.
-    pub(super) fn forget_lost_cells(&mut self) {
+    /// The kernel fails to write back a page, not before the page `first`, by itself. It is clean, and may leave memory.
+    pub(super) fn fail_write_back(&mut self, first: usize, random: &mut Random) {
         let Some(mapped) = &mut self.mapped else { return };
-        for (page, lost) in mapped.lost.extract_if(1.., |_, _| true) {
-            let first = page * CELLS_PER_PAGE;
-            for (nth, lost) in (first..).zip(lost) {
-                // What was stored since made the page dirty again: it stays.
-                let _ = mapped.cells[nth].compare_exchange(lost, mapped.synced[nth], SeqCst, SeqCst);
+        let (pages, count) = (mapped.cells.len().div_ceil(CELLS_PER_PAGE), mapped.cells.len());
+        let dirty: Vec<usize> = (first..pages).filter(|&page| mapped.is_dirty(page, count)).collect();
+        if !dirty.is_empty() {
+            let &page = random.pick(&dirty);
+            mapped.lost.insert(page, mapped.page(page, count));
+            (self.untold_loss, self.has_lost) = (true, true);
+        }
+        if random.one_in(2) {
+            self.forget_lost_cells(first);
+        }
+    }
+
+    /// Whether a sync of the cells has to tell that the kernel had lost some. It tells it once.
+    pub(super) fn tells_loss(&mut self) -> bool {
+        std::mem::take(&mut self.untold_loss)
+    }
+
+    /// What is lost, and clean, leaves memory too: what the medium has is read from now on. Not what is before the
+    /// page `first`.
+    pub(super) fn forget_lost_cells(&mut self, first: usize) {
+        let Some(mapped) = &mut self.mapped else { return };
+        let lost = std::mem::take(&mut mapped.lost);
+        for (page, then) in lost {
+            let at = page * CELLS_PER_PAGE;
+            // What was stored since made the page dirty again: it stays.
+            if page < first || mapped.page(page, at + then.len()) != then {
+                mapped.lost.insert(page, then);
+                continue;
+            }
+            for nth in at..at + then.len() {
+                mapped.cells[nth].store(mapped.synced[nth], SeqCst);
             }
         }
     }

@@ -15,9 +15,8 @@ use cbt::{ByteRange, Cells};
 
 use super::FileKind;
 use super::medium::PAGE;
-use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World};
+use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World, may_leave};
 use crate::areas::{AreaKind, OpenedArea};
-use crate::format::MAP_FILE;
 use crate::memory::{Source, Target};
 use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
 
@@ -320,23 +319,27 @@ impl Storage for SimStorage {
     fn sync_cells(&self, cells: &SimCells) -> io::Result<()> {
         let called = self.call(OpKind::SyncCells);
         let mut world = self.world.borrow_mut();
-        let dead = world.is_dead();
-        let forgets = world.random.one_in(2);
-        let maps: Vec<u64> = world.dirs.iter().filter_map(|dir| dir.names.get(MAP_FILE).copied()).collect();
-        let mut files = world.files.iter_mut();
-        if let Some((id, file)) = files.find(|(_, file)| file.is_mapped_as(&cells.memory)) {
-            match &called {
-                Ok(()) => file.sync_cells(cells.count),
-                Err(_) if dead => {}
-                Err(_) => {
-                    file.lose_cells(cells.count);
-                    if forgets && maps.contains(id) {
-                        file.forget_lost_cells();
-                    }
-                }
-            }
+        let (dead, forgets) = (world.is_dead(), world.random.one_in(2));
+        let World { files, dirs, random, .. } = &mut *world;
+        let mut files = files.iter_mut();
+        let Some((id, file)) = files.find(|(_, file)| file.is_mapped_as(&cells.memory)).filter(|_| !dead)
+        else {
+            return called;
+        };
+        let told = file.tells_loss();
+        if called.is_ok() && (!told || random.one_in(2)) {
+            file.sync_cells(cells.count);
+        } else {
+            file.lose_cells(cells.count);
         }
-        called
+        if called.is_ok() && !told {
+            return Ok(());
+        }
+        let mut names = dirs.iter().flat_map(|dir| &dir.names).filter(|(_, named)| *named == id);
+        if let Some(first) = names.find_map(|(name, _)| may_leave(name)).filter(|_| forgets) {
+            file.forget_lost_cells(first);
+        }
+        called.and(Err(io::ErrorKind::Other.into()))
     }
 
     fn create(&self, dir: &SimDir, name: &str) -> io::Result<SimFile> {

@@ -14,6 +14,8 @@ use std::task::Waker;
 use super::FileKind;
 use super::medium::{Captured, Dir, File, PAGE, SECTOR};
 use super::random::Random;
+use crate::format::MAP_FILE;
+use crate::rewind::DONE_FILE;
 
 /// Kinds of operation that a fault can be aimed at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub enum OpKind {
     SyncCells,
     /// Making names durable.
     SyncDir,
+    /// The kernel's own writing back of a page of a mapping, once in so many steps.
+    WriteBack,
 }
 
 /// A fault that happens by chance.
@@ -220,6 +224,9 @@ impl World {
     /// Counts a step; the process may die of it.
     pub(super) fn step(&mut self) {
         self.steps += 1;
+        if !self.is_dead() && self.fault(OpKind::WriteBack, FileKind::State).is_some() {
+            self.fail_write_back();
+        }
         if self.steps >= self.deadline && !self.is_dead() {
             self.die();
         }
@@ -245,6 +252,19 @@ impl World {
         match self.fault(op, file) {
             Some(kind) => Err(kind.into()),
             None => Ok(()),
+        }
+    }
+
+    /// The kernel fails to write back a page of a mapping.
+    fn fail_write_back(&mut self) {
+        let Self { files, dirs, random, .. } = self;
+        let named = dirs.iter().flat_map(|dir| &dir.names);
+        let mapped: Vec<_> = named.filter_map(|(name, &id)| Some((id, may_leave(name)?))).collect();
+        if !mapped.is_empty() {
+            let &(id, first) = random.pick(&mapped);
+            if let Some(file) = files.get_mut(&id) {
+                file.fail_write_back(first, random);
+            }
         }
     }
 
@@ -462,6 +482,7 @@ impl World {
         let Self { files, dirs, random, .. } = self;
         for file in files.values_mut() {
             file.untold_failure = false;
+            (file.untold_loss, file.has_lost) = (false, false);
             file.power_cut(random);
         }
         for dir in dirs.iter_mut() {
@@ -470,6 +491,17 @@ impl World {
         self.boot += 1;
         self.idle += 1 + self.random.below(1 << 14);
         self.boot_began = self.now();
+    }
+}
+
+/// The first page of a mapping of this file that may leave memory while it is mapped; none if it is no mapped file. The
+/// map's first page is written to again and again.
+pub(super) fn may_leave(name: &str) -> Option<usize> {
+    match name {
+        MAP_FILE => Some(1),
+        DONE_FILE => Some(0),
+        _ if name.ends_with(".overlay-cells") => Some(0),
+        _ => None,
     }
 }
 

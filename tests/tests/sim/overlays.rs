@@ -183,7 +183,7 @@ async fn used(
     let io = &shared.io;
     match random.below(10) {
         0..3 => return read(shared, found, overlay, range, false).await,
-        3 => return found.flush(io).await,
+        3 => return flush(shared, found, overlay).await,
         4 => return holes(shared, found, overlay, range).await,
         _ => {}
     }
@@ -215,6 +215,26 @@ async fn used(
         shared.overlays.borrow_mut().answer(overlay, number, answer.is_ok(), now);
     }
     answer
+}
+
+async fn flush(shared: &Shared, found: &Overlay<SimStorage>, overlay: usize) -> Result<(), Error> {
+    let issued = shared.oracle.borrow_mut().now();
+    let answer = found.flush(&shared.io).await;
+    if !shared.is_dead() && !matches!(answer, Err(Error::OverlayClosed { .. })) {
+        judge(shared.overlays.borrow_mut().flushed(overlay, issued, answer.is_ok()));
+    }
+    answer
+}
+
+/// Notes what the kernel had lost of overlays when the process was killed: of those of a disk of some, and whether
+/// the next flush is told.
+pub(crate) fn note_lost(shared: &Shared, of: impl Fn(usize) -> Option<bool>) {
+    let mut overlays = shared.overlays.borrow_mut();
+    for overlay in overlays.with(|one| one.fate != Fate::Gone) {
+        if let Some(untold) = of(overlays.overlays[overlay].disk) {
+            overlays.lost(overlay, untold);
+        }
+    }
 }
 
 async fn read(
@@ -291,5 +311,6 @@ pub(crate) async fn judge_all(shared: &Shared, disks: &[SimDisk], random: &mut R
                 shared.allow("judging an overlay", &error);
             }
         }
+        shared.overlays.borrow_mut().settled(overlay);
     }
 }

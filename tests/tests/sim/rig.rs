@@ -13,7 +13,7 @@ use cow_engine::{
     AreaSpec, Disk, DiskOptions, Error, Event, EventSink, Meanwhile, OnOverflow, OpenReport, ResetReason,
     StorePlan, Terms, group,
 };
-use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
+use ebbtide_tests::oracle::{After, Fate, GRAIN, Oracle, SECTOR, stamp};
 use ebbtide_tests::overlay_oracle::OverlayOracle;
 
 use crate::work::{self, Mix, Shared, SimDisk};
@@ -94,6 +94,8 @@ struct Spec {
     quiet: bool,
     /// A rewind was under way when it was closed.
     rewinding: bool,
+    /// The kernel could not write back what a rewind had brought back, and the process ended after that.
+    lossy: bool,
     /// A state file was damaged since the last opening that was not cut off.
     damaged: bool,
     /// Openings that were cut off since the last that was not.
@@ -185,6 +187,7 @@ impl<'a> Rig<'a> {
                 loose: false,
                 quiet: false,
                 rewinding: false,
+                lossy: false,
                 damaged: false,
                 attempts: 0,
                 other_block: false,
@@ -309,13 +312,34 @@ impl<'a> Rig<'a> {
             self.sim.power_cut();
             self.shared.oracle.borrow_mut().host_started();
             for spec in &mut self.specs {
-                spec.power = true;
+                (spec.power, spec.lossy) = (true, false);
             }
         } else {
-            self.sim.kill();
+            self.kill();
         }
         self.shared.crash();
         self.damage(false);
+    }
+
+    /// The process ends here.
+    fn kill(&mut self) {
+        self.sim.kill();
+        self.note_lost();
+    }
+
+    /// Notes what the kernel could not write back, and the next process may miss.
+    fn note_lost(&mut self) {
+        for spec in &mut self.specs {
+            spec.lossy |= self.sim.has_lost(spec.dir, "rewind-done").is_some();
+        }
+        let dirs: Vec<SimDir> = self.specs.iter().map(|spec| spec.dir).collect();
+        overlays::note_lost(&self.shared, |at| {
+            let names = self.sim.names(dirs[at]).expect("a directory");
+            let cells = names.iter().filter(|name| name.ends_with(".overlay-cells"));
+            let lost: Vec<_> = cells.map(|name| self.sim.has_lost(dirs[at], name)).collect();
+            // Which file is whose nobody knows here.
+            lost.iter().any(Option::is_some).then(|| lost.iter().all(|one| *one == Some(true)))
+        });
     }
 
     /// Signs of life of all disks, as a thread of its own gives them.
@@ -429,6 +453,8 @@ impl<'a> Rig<'a> {
             self.sim.set_faults(Vec::new());
             match opened {
                 Some(Ok(opened)) => {
+                    // Also what it lost before it was taken up.
+                    self.note_lost();
                     if !faulty {
                         self.agrees(&looked, &opened, &blocks);
                     }
@@ -443,7 +469,7 @@ impl<'a> Rig<'a> {
                         return None;
                     }
                     assert!(self.profile.faults && !lost, "opening: {error:?}");
-                    self.sim.kill();
+                    self.kill();
                     self.shared.crash();
                 }
                 None => self.crash_with(power),
@@ -674,7 +700,13 @@ impl<'a> Rig<'a> {
         self.at("judging", u64::MAX);
         let power = self.specs.iter().any(|spec| spec.power);
         let random = Random::new(self.random.bits());
-        let judging = work::judge_all(self.shared.clone(), disks.to_vec(), random, power);
+        let of = |spec: &Spec| match () {
+            () if power => After::PowerCut,
+            () if spec.lossy => After::Loss,
+            () => After::Kill,
+        };
+        let ends = self.specs.iter().map(of).collect();
+        let judging = work::judge_all(self.shared.clone(), disks.to_vec(), random, ends);
         assert!(self.sim.run(judging, u64::MAX).is_some());
         if power {
             (0..disks.len()).for_each(|at| self.shared.oracle.borrow_mut().settle_past_end(at));
@@ -689,7 +721,7 @@ impl<'a> Rig<'a> {
         for (spec, disk) in self.specs.iter_mut().zip(disks) {
             spec.block = disk.tracker_grid().map_or(0, BlockGrid::bytes);
             (spec.clean, spec.power, spec.edited, spec.damaged) = (Clean::No, false, false, false);
-            (spec.unseen, spec.quiet, spec.loose) = (false, false, false);
+            (spec.unseen, spec.quiet, spec.loose, spec.lossy) = (false, false, false, false);
             (spec.attempts, spec.other_block) = (0, false);
         }
     }
@@ -861,7 +893,7 @@ impl<'a> Rig<'a> {
             // What was left undone shows after a power cut.
             2 if self.profile.overlays => self.crash_with(8),
             1 => {
-                self.sim.kill();
+                self.kill();
                 self.shared.crash();
                 let at = self.random.index(self.specs.len());
                 if self.specs[at].clean == Clean::Yes && !self.specs[at].rewinding {
@@ -870,7 +902,7 @@ impl<'a> Rig<'a> {
                 }
             }
             _ => {
-                self.sim.kill();
+                self.kill();
                 self.shared.crash();
                 self.damage(true);
             }
@@ -901,7 +933,7 @@ impl<'a> Rig<'a> {
         while !self.sim.run(rewinds::complete(self.shared.clone(), disks.clone()), u64::MAX).unwrap_or(false)
         {
             self.beat(&disks);
-            self.sim.kill();
+            self.kill();
             self.shared.crash();
             let Some(opened) = self.open() else { return };
             disks = opened;
@@ -1060,11 +1092,19 @@ fn rules(random: &mut Random, profile: Profile) -> Vec<Rule> {
         (OpKind::SetLen, Image, ErrorKind::Other, 2),
         (OpKind::SetLen, State, ErrorKind::Other, 2),
     ];
+    let lost = Rule {
+        op: OpKind::WriteBack,
+        file: State,
+        one_in: *random.pick(&[20, 100, 400]),
+        error: ErrorKind::Other,
+    };
+    let lost = random.one_in(3).then_some(lost);
     (0..random.within(1..5))
         .map(|_| {
             let more = !own.is_empty() && random.one_in(2);
             let &(op, file, error, one_in) = random.pick(if more { own } else { &kinds });
             Rule { op, file, one_in, error }
         })
+        .chain(lost)
         .collect()
 }

@@ -12,7 +12,7 @@ use cow_engine::cbt::ByteRange;
 use cow_engine::memory::{Source, Target};
 use cow_engine::sim::{Random, SimDir, SimFile, SimStorage};
 use cow_engine::{AreaSpec, Disk, Durability, Error, Lane, OnOverflow, Terms, View, Zeroing, group};
-use ebbtide_tests::oracle::{Fate, GRAIN, Oracle, SECTOR, stamp};
+use ebbtide_tests::oracle::{After, Fate, GRAIN, Oracle, SECTOR, stamp};
 use ebbtide_tests::overlay_oracle::OverlayOracle;
 
 use crate::{checkpoints, deletions, overlays, readers, resets, rewinds};
@@ -664,12 +664,16 @@ pub(crate) fn with_others(capacity: u64, mut grains: BTreeSet<u64>, random: &mut
 }
 
 /// Judges everything that is there, while nobody changes it.
-pub(crate) async fn judge_all(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Random, power_cut: bool) {
-    for (at, disk) in disks.iter().enumerate() {
+pub(crate) async fn judge_all(shared: Rc<Shared>, disks: Vec<SimDisk>, mut random: Random, ends: Vec<After>) {
+    for ((at, disk), after) in disks.iter().enumerate().zip(ends) {
         for range in interesting(&shared, at, disk.capacity(), &mut random) {
             let mut bytes = buffer(range);
             disk.read(&shared.io, range.start(), Target::of(&mut bytes)).await.expect("no faults now");
-            judge(shared.oracle.borrow_mut().settle(at, power_cut, range.start(), &bytes));
+            judge(shared.oracle.borrow_mut().settle(at, after, range.start(), &bytes));
+        }
+        if after == After::Loss && disk.rewind().is_some() {
+            // What was lost is told by the first flush.
+            shared.oracle.borrow_mut().not_flushed(at);
         }
     }
     let groups = judge_views(&shared, &disks, 0, &mut random).await;
