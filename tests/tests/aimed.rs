@@ -697,6 +697,39 @@ fn a_creation_that_is_undone_breaks_no_older_snapshot() {
     assert!(cut_off > 10, "{cut_off} cut off");
 }
 
+/// A snapshot breaks while its head is written for another reason: after a kill it is broken.
+#[test]
+fn a_break_is_not_overtaken_by_an_older_head() {
+    for seed in 0..4 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        let (io, failing) = (rig.io.clone(), rig.io.fated(Some(OpKind::Sync), 0..u64::MAX, u64::MAX));
+        let turns = rig.sim.random().below(20);
+        rig.run(async {
+            let limit = async {
+                for _ in 0..turns {
+                    io.turn().await;
+                }
+                disk.limit_snapshot(&io, "a", Some(1 << 20)).await
+            };
+            let (limited, ()) = futures_util::future::join(limit, disk.check_stores(&failing)).await;
+            limited.expect("it is more than is in use");
+        });
+        assert!(disk.snapshot("a").expect("it is listed").broken().is_some(), "seed {seed}");
+        rig.beat(&disk);
+        drop(disk);
+        rig.sim.kill();
+        // The first start may be told of the flush that failed.
+        let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
+        let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
+        let (disk, report) = rig.open();
+        let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
+        assert!(!whole, "seed {seed}: {report:?}");
+    }
+}
+
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
 /// Then somebody asks, so that it is remembered which pages hold marks. The changes are told all the same.
 #[test]
