@@ -787,6 +787,68 @@ fn a_record_that_came_with_a_kill_is_missed_when_it_is_lost() {
     assert!(cut_off > 10 && missed > 10, "{cut_off} cut off, {missed} missed");
 }
 
+/// A newer snapshot's file is damaged, and the start that finds it so is cut off: older ones, which need it, stay broken.
+#[test]
+fn what_a_damaged_snapshot_had_stays_lost_after_a_start_that_was_cut_off() {
+    let mut cut_off = 0;
+    for seed in 0..4 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        rig.snapshot(&disk, "a");
+        rig.snapshot(&disk, "b");
+        rig.write(&disk, 1, 2);
+        rig.beat(&disk);
+        drop(disk);
+        rig.sim.kill();
+        let mut names = rig.sim.names(rig.dir).expect("it is there");
+        names.retain(|name| name.ends_with(".index"));
+        rig.sim.damage(rig.dir, names.last().expect("a snapshot has one"), Damage::Flip(seed % 64));
+        let io = rig.io.fated(None, 0..0, rig.sim.random().below(60));
+        let options = rig.options(rig.image, rig.dir, "/d.img");
+        cut_off += usize::from(
+            rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX).is_none(),
+        );
+        rig.sim.kill();
+        let (disk, report) = rig.open();
+        let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
+        assert!(!whole, "seed {seed}: {report:?}");
+    }
+    assert!(cut_off > 10, "{cut_off} cut off");
+}
+
+/// A snapshot breaks, the disk is closed in order, and a power cut comes: the snapshot stays broken.
+#[test]
+fn a_break_is_as_durable_as_a_clean_end() {
+    let mut closed = 0;
+    for seed in 0..SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 2, 1);
+        rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        let (io, checked) = (rig.io.clone(), disk.clone());
+        rig.run(async move { checked.check_stores(&io).await });
+        // Its old content cannot be written; then the head can.
+        let (io, changed) = (rig.io.fated(Some(OpKind::Write), 0..1, u64::MAX), disk.clone());
+        let written = async move {
+            changed.write(&io, changed.lane(), 2 * BLOCK, Source::of(&[2; 4096]), Durability::Cached).await
+        };
+        rig.run(written).expect("no guest notices");
+        assert!(disk.snapshot("a").expect("it is listed").broken().is_some(), "seed {seed}");
+        let (io, ended) = (rig.io.clone(), disk.clone());
+        let identity = io.identity(rig.image);
+        let end = rig.run(async move { ended.close(&io, || Ok(identity)).await });
+        closed += usize::from(end.is_ok());
+        drop(disk);
+        rig.sim.power_cut();
+        let (disk, report) = rig.open();
+        let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
+        assert!(!whole, "seed {seed}: {report:?}");
+    }
+    assert!(closed > 10, "{closed} were closed in order");
+}
+
 /// A disk grows while changes are on their way that began before, each to a page of the map that has to be frozen first.
 /// Then somebody asks, so that it is remembered which pages hold marks. The changes are told all the same.
 #[test]
