@@ -132,6 +132,13 @@ impl Rig {
         disk.beat(self.io.now_ns(), || Ok(self.io.identity(self.image))).expect("an image can be asked");
     }
 
+    /// The daemon gives a last sign of life, and is killed.
+    fn kill(&mut self, disk: SimDisk) {
+        self.beat(&disk);
+        drop(disk);
+        self.sim.kill();
+    }
+
     /// Cools every region, as the daemon does now and then.
     fn cool(&mut self, disk: &SimDisk) {
         for _ in 0..2 {
@@ -139,6 +146,11 @@ impl Rig {
             self.run(async move { disk.cool(&io).await });
         }
     }
+}
+
+/// Whether a snapshot is there and not broken.
+fn is_whole(disk: &SimDisk, name: &str) -> bool {
+    disk.snapshot(name).is_ok_and(|one| one.broken().is_none())
 }
 
 /// Blocks that differ between two contents.
@@ -422,9 +434,7 @@ fn large_writes_are_preserved_whole() {
         let done = rig.sim.run(written, steps);
         cut_off += usize::from(done.is_none());
         assert!(done.into_iter().flatten().all(|written| written.is_ok()), "seed {seed}");
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         let (disk, _) = rig.open();
         let snapshot = disk.snapshot("s").expect("it outlives a kill");
         let (io, view) = (rig.io.clone(), View::new(disk, snapshot));
@@ -499,17 +509,14 @@ fn a_break_that_no_head_tells_is_remembered_beside_another() {
         assert!(broken(&disk, "a") && !broken(&disk, "b"), "seed {seed}");
         if seed % 2 == 1 {
             // Nor is it forgotten with the change map that it is noted in: another size of blocks needs another one.
-            rig.beat(&disk);
-            drop(disk);
-            rig.sim.kill();
+            rig.kill(disk);
             rig.fail_no_more();
             rig.tracked = 16384;
             // The first start may be told of the flush that failed.
             let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
             let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
             let (disk, report) = rig.open();
-            let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
-            assert!(!whole, "seed {seed}: {report:?}");
+            assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");
             continue;
         }
         rig.fail_no_more();
@@ -517,9 +524,7 @@ fn a_break_that_no_head_tells_is_remembered_beside_another() {
         rig.fail(OpKind::Sync, FileKind::State);
         check(&mut rig, &disk);
         assert!(broken(&disk, "b"), "seed {seed}");
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         rig.fail_no_more();
         let (disk, _) = rig.open();
         assert!(broken(&disk, "a") && broken(&disk, "b"), "seed {seed}, after a kill");
@@ -567,9 +572,7 @@ fn a_checkpoint_that_a_start_told_is_not_taken_back() {
         let (io, disks) = (rig.io.fated(None, seed % 40..u64::MAX, u64::MAX), [disk.clone()]);
         let made = rig.run(async move { checkpoint::create(&mut Admin::new(), &io, &disks, "c", "s").await });
         failed += usize::from(made.is_err());
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         let names = |disk: &SimDisk| disk.checkpoints().iter().map(|one| one.name().to_owned()).collect();
         let (disk, _) = rig.open();
         let found: Vec<String> = names(&disk);
@@ -593,9 +596,7 @@ fn a_superblock_that_comes_back_finds_its_map() {
         let since = rig.snapshot(&disk, "a");
         rig.write(&disk, 1, 1);
         rig.cool(&disk);
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         rig.sim.damage(rig.dir, "superblock", Damage::Remove);
         let io = rig.io.fated(None, 0..0, seed % 80);
         let options = rig.options(rig.image, rig.dir, "/d.img");
@@ -640,9 +641,7 @@ fn an_older_one_leads_past_what_could_not_be_removed() {
         rig.snapshot(&disk, "c");
         rig.write(&disk, 1, 2);
         maintain(&mut rig, &disk, "c", 0);
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         let (disk, report) = rig.open();
         let snapshot = disk.snapshot("a").expect("it is held");
         let (io, view) = (rig.io.clone(), View::new(disk, snapshot));
@@ -706,8 +705,7 @@ fn a_creation_that_is_undone_breaks_no_older_snapshot() {
         let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
         let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
         let (disk, report) = rig.open();
-        let held = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
-        assert!(held, "seed {seed}: {report:?}");
+        assert!(is_whole(&disk, "a"), "seed {seed}: {report:?}");
     }
     assert!(cut_off > 10, "{cut_off} cut off");
 }
@@ -733,15 +731,12 @@ fn a_break_is_not_overtaken_by_an_older_head() {
             limited.expect("it is more than is in use");
         });
         assert!(disk.snapshot("a").expect("it is listed").broken().is_some(), "seed {seed}");
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         // The first start may be told of the flush that failed.
         let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
         let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
         let (disk, report) = rig.open();
-        let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
-        assert!(!whole, "seed {seed}: {report:?}");
+        assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");
     }
 }
 
@@ -766,9 +761,7 @@ fn a_record_that_came_with_a_kill_is_missed_when_it_is_lost() {
         rig.sim.kill();
         let (disk, _) = rig.open();
         rig.write(&disk, 2, 3);
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         let names = rig.sim.names(rig.dir).expect("it is there");
         let index = names.iter().find(|name| name.contains("index")).expect("a snapshot has one");
         let len = rig.sim.len_of(rig.dir, index);
@@ -798,9 +791,7 @@ fn what_a_damaged_snapshot_had_stays_lost_after_a_start_that_was_cut_off() {
         rig.snapshot(&disk, "a");
         rig.snapshot(&disk, "b");
         rig.write(&disk, 1, 2);
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         let mut names = rig.sim.names(rig.dir).expect("it is there");
         names.retain(|name| name.ends_with(".index"));
         rig.sim.damage(rig.dir, names.last().expect("a snapshot has one"), Damage::Flip(seed % 64));
@@ -811,8 +802,7 @@ fn what_a_damaged_snapshot_had_stays_lost_after_a_start_that_was_cut_off() {
         );
         rig.sim.kill();
         let (disk, report) = rig.open();
-        let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
-        assert!(!whole, "seed {seed}: {report:?}");
+        assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");
     }
     assert!(cut_off > 10, "{cut_off} cut off");
 }
@@ -843,8 +833,7 @@ fn a_break_is_as_durable_as_a_clean_end() {
         drop(disk);
         rig.sim.power_cut();
         let (disk, report) = rig.open();
-        let whole = disk.snapshot("a").is_ok_and(|one| one.broken().is_none());
-        assert!(!whole, "seed {seed}: {report:?}");
+        assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");
     }
     assert!(closed > 10, "{closed} were closed in order");
 }
@@ -923,9 +912,7 @@ fn marks_that_left_memory_are_not_taken_for_none() {
         assert!(matches!(told, Err(Error::MarksLost { .. })), "seed {seed}: {told:?}");
         let next = disk.check_incremental(since);
         assert!(matches!(next, Err(Error::MarksLost { .. })), "seed {seed}: {next:?}");
-        rig.beat(&disk);
-        drop(disk);
-        rig.sim.kill();
+        rig.kill(disk);
         let (disk, _) = rig.open();
         let told = asked(&mut rig, &disk, since);
         assert!(matches!(told, Err(Error::MarksLost { .. })), "seed {seed}, after a kill: {told:?}");
