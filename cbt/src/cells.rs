@@ -55,6 +55,17 @@ impl SharedCells {
         Ok(Self { map, count })
     }
 
+    /// Keeps the pages of the first `count` cells in memory while this is mapped, also what could not be written back.
+    ///
+    /// # Errors
+    /// Those of `mlock`: there is a limit (`RLIMIT_MEMLOCK`).
+    pub fn hold(&self, count: usize) -> io::Result<()> {
+        let bytes = size_of_val(&self.cells()[..count]);
+        // SAFETY: the range lies in the mapping, which lives as long as `self`; the call changes nothing in it.
+        // JUSTIFICATION: memmap2 can lock a whole mapping only, and a map is as long as the disk asks for.
+        Ok(unsafe { rustix::mm::mlock(self.map.as_mut_ptr().cast(), bytes) }?)
+    }
+
     /// Writes changed pages back to the file and its medium (`msync` and wait).
     pub fn sync(&self) -> io::Result<()> {
         self.map.flush()

@@ -35,6 +35,7 @@ mod marked;
 #[allow(unsafe_code)]
 pub mod memory;
 mod merge;
+mod notes;
 mod open;
 mod overflow;
 mod overlay;

@@ -28,7 +28,7 @@
 //! have a generation whose beginning failed, and yet that instant is told.
 //!
 //! A map that is missing, or of a length that is not its own, takes the snapshots with it: its first page
-//! may have said that some are broken.
+//! may have said that some are broken. So does one that could not be written back: [`crate::notes`].
 
 use std::fmt;
 use std::sync::atomic::Ordering::SeqCst;
@@ -53,6 +53,7 @@ use crate::gate::Gate;
 use crate::index::Slot;
 use crate::intent::{self, INTENT_FILE, Intent};
 use crate::memory::{Source, Target};
+use crate::notes::{self, Notes};
 use crate::overflow::Holds;
 use crate::overlay::{Left, Overlays};
 use crate::rewind::{self, NO_REWIND};
@@ -254,21 +255,21 @@ impl<S: Storage> Disk<S> {
         let capacity = capacity_of(found.as_ref(), options.identity.len);
         let cells = cells_of::<S::Cells>(options.tracking, capacity);
         let old_map = open_map(io, &options.dir, &names)?;
-        let old_words = match &old_map {
-            Some((old, len)) => old_control(io, old, *len)?,
-            None => None,
-        };
-        let log_in_doubt = old_words.as_ref().is_some_and(|words| words.log_in_doubt(&options.boot));
+        let notes = Notes::read(io, old_map.as_ref(), found.as_ref(), &options)?;
         let old_intent = match &found {
-            Some(found) if found.state != DiskState::Unlogged && !log_in_doubt => {
+            Some(found) if found.state != DiskState::Unlogged && !notes.log_in_doubt => {
                 open_intent(io, &options.dir, &names, found).await?
             }
             _ => None,
         };
         let mut verdict = judge(found.as_ref(), existed, old_intent.is_some(), &options);
+        if notes.lost {
+            verdict.reset.get_or_insert(ResetReason::Damaged);
+            (verdict.keep_snapshots, verdict.presume) = (false, false);
+        }
         if let Some(found) = found.as_ref().filter(|_| verdict.keep_snapshots || verdict.presume) {
             let map = old_map.as_ref().map(|(map, len)| (map, *len));
-            let doubt = away::look(io, &options, &names, found, old_words.as_ref(), map).await?;
+            let doubt = away::look(io, &options, &names, found, notes.words.as_ref(), map).await?;
             if let Some(doubt) = doubt {
                 log::warn!("{}: {} ({})", options.name, doubt.what, doubt.code);
                 verdict = Verdict { reset: Some(doubt.reason), keep_snapshots: false, presume: false };
@@ -319,11 +320,10 @@ impl<S: Storage> Disk<S> {
             areas::wanted(io, plan, &id, &store, &options.identity, existed && found.is_none()).await?;
         report.areas_lost =
             store.lost.iter().map(|lost| (lost.entry.path.clone(), lost.why.clone())).collect();
-        let void = this_boot && old_words.as_ref().is_some_and(Control::rewind_void);
         let left = rewind::Found {
             superblock: found.as_ref(),
             one_damaged,
-            void,
+            void: notes.rewind_void,
             boot: options.boot,
             identity: options.identity,
         };
@@ -333,14 +333,10 @@ impl<S: Storage> Disk<S> {
         next.rewind = rewind.as_ref().map_or(NO_REWIND, |rewind| rewind.id());
         let mut chain = Vec::new();
         if verdict.keep_snapshots {
-            let control = match &old_map {
-                Some((old, len)) => old_control(io, old, *len)?,
-                None => None,
-            };
-            let remains = Remains { store: &store, control };
+            let remains = Remains { store: &store, control: notes.words.as_ref() };
             chain = load_chain(io, &options.dir, &next.disk, &names, &remains, &mut report).await?;
-            if let Some((old, len)) = old_map.as_ref().filter(|_| !fits) {
-                take_notes(io, old, *len, &chain, &options.name).await?;
+            if !fits {
+                notes.take_over(io, &chain, &options.name).await?;
             }
         } else {
             let reason = lost.clone().unwrap_or_default();
@@ -360,7 +356,7 @@ impl<S: Storage> Disk<S> {
         report.checkpoints_lost = lost;
         let forgets_size = begun.is_some() && next.growing_to.is_none();
         if verdict.reset.is_some() || report.unclean && this_boot {
-            let settled = settle_image(io, &options.image, old_words.as_ref()).await;
+            let settled = settle_image(io, &options.image, notes.words.as_ref()).await;
             if verdict.reset.is_some() || forgets_size {
                 settled?;
             }
@@ -379,7 +375,7 @@ impl<S: Storage> Disk<S> {
             let ended = found.as_ref().map(|found| found.generation);
             checkpoints.end_generation(io, &options.dir, ended, reason.code()).await;
         }
-        let flush_failed = this_boot && old_words.as_ref().is_some_and(Control::flush_failed);
+        let flush_failed = notes.flush_failed();
         // A new one is all zero, and nothing of it is resident.
         let is_new_map = old_map.is_none() || !fits;
         let map_file = match old_map {
@@ -395,9 +391,10 @@ impl<S: Storage> Disk<S> {
         let mapped = Arc::new(io.map(&map_file, cells).map_err(Error::io("mapping the change map"))?);
         let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, capacity));
         let control = Control::new(mapped.clone());
+        notes::hold(io, &control, &options.name);
         control.note_flush_failed(flush_failed);
         // Of an earlier boot it says nothing.
-        control.note_rewind_void(void);
+        control.note_rewind_void(notes.rewind_void == Some(true));
         if verdict.reset.is_some() {
             if let Some(tracker) = tracker.as_ref().filter(|_| !is_new_map) {
                 clear_map(io, &map_file, tracker, control.map_in_doubt(&options.boot))?;
@@ -447,10 +444,12 @@ impl<S: Storage> Disk<S> {
         // Only now: of a disk that is served it says nothing.
         away::sample::remove(io, &options.dir)?;
         io.sync_dir(&options.dir).map_err(fail())?;
-        note_broken(&control, &chain, &options.name);
+        notes::take_breaks(&control, &chain, &options.name);
         for snapshot in &chain {
             control.set_records(snapshot.sequence, snapshot.loaded_records());
         }
+        // Only now: the snapshots of which it may have spoken are gone, and the generation is another.
+        control.forget_words_lost();
         claim_slots(&store, &chain)?;
         if let Some(rewind) = &rewind {
             rewind.for_each_slot(|_, slot| {
@@ -837,31 +836,6 @@ fn open_map<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<Option
     Ok(Some((file, len)))
 }
 
-/// The control words of a map as it was left, if it is long enough to have any.
-fn old_control<S: Storage>(io: &S, map: &S::File, len: u64) -> Result<Option<Control<S::Cells>>, Error> {
-    if len < bytes_of(CONTROL_CELLS) {
-        return Ok(None);
-    }
-    let mapped = io.map(map, CONTROL_CELLS).map_err(Error::io("mapping the change map"))?;
-    Ok(Some(Control::new(Arc::new(mapped))))
-}
-
-/// Notes in the heads which snapshots broke, as a map says that is about to be replaced.
-async fn take_notes<S: Storage>(
-    io: &S,
-    map: &S::File,
-    len: u64,
-    chain: &[Arc<Snapshot<S>>],
-    disk: &str,
-) -> Result<(), Error> {
-    let Some(control) = old_control(io, map, len)? else { return Ok(()) };
-    note_broken(&control, chain, disk);
-    for snapshot in chain.iter().filter(|one| one.broken().is_some()) {
-        snapshot.write_head(io).await?;
-    }
-    Ok(())
-}
-
 /// Makes a new map, all zero, in place of one that does not fit.
 fn replace_map<S: Storage>(io: &S, dir: &S::Dir, existed: bool, cells: usize) -> Result<S::File, Error> {
     let fail = || Error::io("making the change map");
@@ -992,13 +966,13 @@ pub(crate) fn is_unneeded(state: SnapshotState, is_named: bool) -> bool {
 /// What else was left that tells whether snapshots are whole.
 struct Remains<'a, S: Storage> {
     store: &'a Store<S>,
-    control: Option<Control<S::Cells>>,
+    control: Option<&'a Control<S::Cells>>,
 }
 
 impl<S: Storage> Remains<'_, S> {
     /// Refuses a snapshot whose index has fewer records than were published.
     fn check_whole(&self, snapshot: Snapshot<S>) -> Result<Snapshot<S>, Error> {
-        let published = self.control.as_ref().map_or(0, |control| control.records(snapshot.sequence));
+        let published = self.control.map_or(0, |control| control.records(snapshot.sequence));
         if snapshot.broken().is_none() && is_short(snapshot.loaded_records(), published) {
             return Err(Error::Corrupt { what: "the end of a snapshot's index", at: snapshot.records() });
         }
@@ -1070,15 +1044,4 @@ pub(crate) fn sequences(names: &[String]) -> Vec<u32> {
     all.sort_unstable();
     all.dedup();
     all
-}
-
-/// Takes over breaks that were noted without their heads being written.
-fn note_broken<S: Storage>(control: &Control<S::Cells>, chain: &[Arc<Snapshot<S>>], disk: &str) {
-    let upto = control.broken_up_to();
-    for snapshot in chain.iter().filter(|one| one.sequence <= upto) {
-        let reason = "it broke before the daemon was restarted".to_owned();
-        if snapshot.set_broken(Broken { reason, errno: 0, at_ns: 0 }) {
-            log::warn!("{disk}: snapshot '{}' broke before the daemon was restarted", snapshot.name);
-        }
-    }
 }

@@ -115,6 +115,10 @@ pub trait Storage: Clone + 'static {
     /// Maps `count` cells from the start of `file`, which is allocated that far.
     fn map(&self, file: &Self::File, count: usize) -> io::Result<Self::Cells>;
 
+    /// Keeps the pages of a mapping's first `count` cells in memory while it is mapped, also what could not be
+    /// written back.
+    fn hold_cells(&self, cells: &Self::Cells, count: usize) -> io::Result<()>;
+
     /// Writes a mapping's changed cells back and makes them durable.
     fn sync_cells(&self, cells: &Self::Cells) -> io::Result<()>;
 

@@ -44,6 +44,8 @@ const FLUSH_FAILED: usize = 1;
 const REWIND_VOID: usize = 2;
 pub(crate) const LOG_DOUBT: usize = 3;
 pub(crate) const MAP_DOUBT: usize = 4;
+pub(crate) const WORDS_LOST: usize = 5;
+pub(crate) const MAP_FAILURES: usize = 6;
 // 16 and 24 to 37 are the sign of life: see `away::note`.
 /// From here on a word per snapshot, by its number.
 const RECORDS: usize = 64;
@@ -114,11 +116,29 @@ impl<C: Cells> Control<C> {
     /// Notes that a flush of the map has failed, at once and without fail.
     pub(crate) fn note_map_in_doubt(&self, boot: &[u8; 16]) {
         self.word(MAP_DOUBT).store(tag_of(boot), SeqCst);
+        // Another value each time: this page is to be written again, which may have been what could not be.
+        self.word(MAP_FAILURES).fetch_add(1, SeqCst);
     }
 
     /// A new generation begins: what was marked before does not count.
     pub(crate) fn forget_map_in_doubt(&self) {
         self.word(MAP_DOUBT).store(0, SeqCst);
+    }
+
+    /// Whether words of `boot` may be older than what was noted.
+    pub(crate) fn words_lost(&self, boot: &[u8; 16]) -> bool {
+        self.word(WORDS_LOST).load(SeqCst) == tag_of(boot)
+    }
+
+    /// Notes that words of `boot` may be older than what was noted, at once and without fail.
+    pub(crate) fn note_words_lost(&self, boot: &[u8; 16]) {
+        self.word(WORDS_LOST).store(tag_of(boot), SeqCst);
+        self.note_map_in_doubt(boot);
+    }
+
+    /// All words are as they should be again.
+    pub(crate) fn forget_words_lost(&self) {
+        self.word(WORDS_LOST).store(0, SeqCst);
     }
 
     /// Notes that `count` more records of a snapshot are written, before they are published.

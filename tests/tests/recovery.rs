@@ -134,3 +134,28 @@ fn a_start_costs_what_was_touched_and_not_the_disk() -> Result<()> {
     }
     Ok(())
 }
+
+/// What a daemon notes of failures stays in memory even if the kernel cannot write it, also of a disk that has grown.
+#[test]
+fn the_control_page_stays_in_memory() -> Result<()> {
+    let disk = Disk { name: "vda", bytes: 1 << 30, queues: 1, read_only: false, more: "" };
+    let mut scene = Scene::start(&[disk])?;
+    let pid = scene.daemon.server().pid();
+    let locked = || -> Result<u64> {
+        let all = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+        let mut is_map = false;
+        let mut sum = 0;
+        for line in all.lines() {
+            match line.split_whitespace().collect::<Vec<_>>()[..] {
+                [range, _, _, _, _, path] if range.contains('-') => is_map = path.ends_with("/map"),
+                ["Locked:", kib, "kB"] if is_map => sum += kib.parse::<u64>()?,
+                _ => {}
+            }
+        }
+        Ok(sum)
+    };
+    ensure!(locked()? == 4, "{} KiB are locked", locked()?);
+    scene.qmp.call("block_resize", json!({ "disk": "vda", "size": 8_u64 << 30 }))?;
+    ensure!(locked()? == 4, "{} KiB are locked after the disk has grown", locked()?);
+    Ok(())
+}

@@ -308,6 +308,10 @@ impl Storage for HostStorage {
         SharedCells::map(&file.file, count)
     }
 
+    fn hold_cells(&self, cells: &SharedCells, count: usize) -> io::Result<()> {
+        cells.hold(count)
+    }
+
     fn sync_cells(&self, cells: &SharedCells) -> io::Result<()> {
         cells.sync()
     }

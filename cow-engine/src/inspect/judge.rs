@@ -97,7 +97,8 @@ pub(super) fn findings(state: &State, around: &Around) -> Vec<Finding> {
             "it is used if it is one of opening's own names, and fails",
         ));
     }
-    let anew = [superblock(state, &mut found), image(state, around, &mut found), map(state, &mut found)];
+    let anew =
+        [superblock(state, &mut found), image(state, around, &mut found), map(state, around, &mut found)];
     if anew.contains(&true) {
         let lost = ["what changed until now".to_owned()].into_iter().chain(dropped(state));
         let lost = lost.collect::<Vec<_>>().join("; ");
@@ -244,7 +245,7 @@ fn doubt(state: &State, superblock: &Superblock, around: &Around) -> Option<Doub
 }
 
 /// Judges the map; whether a new history begins for its sake.
-fn map(state: &State, found: &mut Vec<Finding>) -> bool {
+fn map(state: &State, around: &Around, found: &mut Vec<Finding>) -> bool {
     let Some(superblock) = state.superblock() else { return false };
     let fits = is_as_left::<WordsOf>(superblock, state.map_len);
     if !fits {
@@ -253,6 +254,13 @@ fn map(state: &State, found: &mut Vec<Finding>) -> bool {
             Some(len) => format!("it has {len} bytes, and the superblock says another size"),
         };
         found.push(wrong("damaged-map", MAP_FILE, None, what, ANEW));
+    }
+    let boot = around.boot.unwrap_or(superblock.boot);
+    let this_boot = superblock.boot == boot;
+    let lost = this_boot && state.words.as_ref().is_some_and(|words| words.control.words_lost(&boot));
+    if lost {
+        let what = "what the last daemon noted in its first page may be lost: the kernel could not write it";
+        found.push(wrong("lost-notes", MAP_FILE, Some(0), what.into(), ANEW));
     }
     if state.words.as_ref().is_some_and(|words| words.flush_failed) {
         let what = "a flush of the image has failed since the host was started";
@@ -266,7 +274,7 @@ fn map(state: &State, found: &mut Vec<Finding>) -> bool {
         "what the kernel could not write of the image".clone_into(&mut one.lost);
         found.push(one);
     }
-    !fits
+    !fits || lost
 }
 
 /// What is dropped with the image as it was: snapshots and overlays, by name.

@@ -9,6 +9,7 @@ use crate::areas::OWN_SLOTS;
 use crate::error::Error;
 use crate::format::{GRAIN, PAGE};
 use crate::index::Slot;
+use crate::notes::is_telling;
 use crate::rewind::{
     DONE_FILE, Found, HEAD_FILE, NO_REWIND, RewindHead, Runs, SYNCED_FILE, bytes_needed, in_force,
 };
@@ -92,12 +93,16 @@ pub(super) fn judge(state: &State, around: &Around, found: &mut Vec<Finding>) {
         Some(rewind) => rewind.head.as_ref().map(Option::as_ref),
         None => Ok(None),
     };
+    let words = state.words.as_ref();
+    let lost = same_boot && words.is_some_and(|words| words.control.words_lost(&boot));
+    let unsure = lost && superblock.is_some_and(is_telling);
+    let void = same_boot && words.is_some_and(|words| words.rewind_void);
     let nowhere = Identity { device: 0, inode: 0, len: 0, mtime_ns: 0 };
     let judged = in_force(
         &Found {
             superblock,
             one_damaged: state.verdict.one_damaged,
-            void: same_boot && state.words.as_ref().is_some_and(|words| words.rewind_void),
+            void: (!unsure).then_some(void),
             boot,
             // Without an image there is nothing to say against it.
             identity: around.image.or(then.map(|(_, identity)| identity)).unwrap_or(nowhere),

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | names it | its head, under way or prepared; whole | it goes on |
 //! | names it | its head, finished | the image is the disk |
+//! | names it, and the control page is lost, which may have said that it is none | its head, not finished | refused |
 //! | names it | missing, damaged, or of another | refused |
 //! | names none | any | the image is the disk |
 //! | a copy or all damaged | under way, and not named by the good copy | refused |
@@ -28,8 +29,8 @@ pub(crate) struct Found<'a> {
     /// The good copy.
     pub(crate) superblock: Option<&'a Superblock>,
     pub(crate) one_damaged: bool,
-    /// The control page says that the rewind which the superblock names failed.
-    pub(crate) void: bool,
+    /// Whether the control page says that the rewind which the superblock names failed; `None` if what it said is lost.
+    pub(crate) void: Option<bool>,
     pub(crate) boot: [u8; 16],
     /// Of the image, now.
     pub(crate) identity: Identity,
@@ -71,7 +72,7 @@ pub(crate) async fn load<S: Storage>(
 /// [`Error::RewindLost`] if the disk cannot be told.
 pub(crate) fn in_force(found: &Found<'_>, head: Result<Option<&Head>, &Error>) -> Result<bool, Error> {
     let named = found.superblock.map_or(NO_REWIND, |superblock| superblock.rewind);
-    let Some(superblock) = found.superblock.filter(|_| named != NO_REWIND && !found.void) else {
+    let Some(superblock) = found.superblock.filter(|_| named != NO_REWIND && found.void != Some(true)) else {
         let is_sure = found.superblock.is_some() && !found.one_damaged;
         return match head {
             Ok(Some(head)) if !is_sure && head.state == State::UnderWay => {
@@ -91,6 +92,12 @@ pub(crate) fn in_force(found: &Found<'_>, head: Result<Option<&Head>, &Error>) -
     }
     if head.state == State::Finished {
         return Ok(false);
+    }
+    if found.void.is_none() {
+        return Err(lost(
+            &head.name,
+            "what the change map said of it is lost: it may have failed, and be none",
+        ));
     }
     check_image(superblock, found, head)?;
     Ok(true)

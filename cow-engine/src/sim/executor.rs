@@ -154,6 +154,15 @@ impl Sim {
         file.filter(|file| file.has_lost).map(|file| file.untold_loss)
     }
 
+    /// The kernel fails to write back a page of a mapping of this file, if it has anything to write.
+    pub fn fail_write_back(&self, dir: SimDir, name: &str, page: usize) {
+        let mut world = self.world.borrow_mut();
+        let id = world.dirs[dir.index()].names.get(name).copied();
+        if let Some(file) = id.and_then(|id| world.files.get_mut(&id)) {
+            file.lose_page(page);
+        }
+    }
+
     /// Bytes of a state file; 0 if there is no such file.
     pub fn len_of(&self, dir: SimDir, name: &str) -> u64 {
         let world = self.world.borrow();

@@ -143,6 +143,8 @@ pub(super) struct File {
     pub(super) untold_loss: bool,
     /// By itself or in a sync it could not, since the boot began.
     pub(super) has_lost: bool,
+    /// Pages of the mapping, from its first on, that the process keeps in memory.
+    pub(super) held: usize,
     pages: BTreeMap<u64, Page>,
     /// What a power cut may bring back: pages as they were when the file was cut, which no sync has made durable.
     cut_off: BTreeMap<u64, Page>,
@@ -162,6 +164,7 @@ impl File {
             untold_failure: false,
             untold_loss: false,
             has_lost: false,
+            held: 0,
             pages: BTreeMap::new(),
             cut_off: BTreeMap::new(),
             mapped: None,
@@ -334,18 +337,26 @@ impl File {
         }
     }
 
-    /// The kernel fails to write back a page, not before the page `first`, by itself. It is clean, and may leave memory.
-    pub(super) fn fail_write_back(&mut self, first: usize, random: &mut Random) {
-        let Some(mapped) = &mut self.mapped else { return };
+    /// The kernel fails to write back a page by itself. It is clean, and may leave memory if nobody holds it.
+    pub(super) fn fail_write_back(&mut self, random: &mut Random) {
+        let Some(mapped) = &self.mapped else { return };
         let (pages, count) = (mapped.cells.len().div_ceil(CELLS_PER_PAGE), mapped.cells.len());
-        let dirty: Vec<usize> = (first..pages).filter(|&page| mapped.is_dirty(page, count)).collect();
+        let dirty: Vec<usize> = (0..pages).filter(|&page| mapped.is_dirty(page, count)).collect();
         if !dirty.is_empty() {
-            let &page = random.pick(&dirty);
-            mapped.lost.insert(page, mapped.page(page, count));
-            (self.untold_loss, self.has_lost) = (true, true);
+            self.lose_page(*random.pick(&dirty));
         }
         if random.one_in(2) {
-            self.forget_lost_cells(first);
+            self.forget_lost_cells();
+        }
+    }
+
+    /// A page of the mapping, if it is dirty, is clean and not durable; the next sync is told.
+    pub(super) fn lose_page(&mut self, page: usize) {
+        let Some(mapped) = &mut self.mapped else { return };
+        let count = mapped.cells.len();
+        if mapped.is_dirty(page, count) {
+            mapped.lost.insert(page, mapped.page(page, count));
+            (self.untold_loss, self.has_lost) = (true, true);
         }
     }
 
@@ -354,15 +365,14 @@ impl File {
         std::mem::take(&mut self.untold_loss)
     }
 
-    /// What is lost, and clean, leaves memory too: what the medium has is read from now on. Not what is before the
-    /// page `first`.
-    pub(super) fn forget_lost_cells(&mut self, first: usize) {
+    /// What is lost, and clean, leaves memory too, if nobody holds it: what the medium has is read from now on.
+    pub(super) fn forget_lost_cells(&mut self) {
         let Some(mapped) = &mut self.mapped else { return };
         let lost = std::mem::take(&mut mapped.lost);
         for (page, then) in lost {
             let at = page * CELLS_PER_PAGE;
             // What was stored since made the page dirty again: it stays.
-            if page < first || mapped.page(page, at + then.len()) != then {
+            if page < self.held || mapped.page(page, at + then.len()) != then {
                 mapped.lost.insert(page, then);
                 continue;
             }

@@ -11,11 +11,11 @@ use std::sync::atomic::AtomicU32;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use cbt::{ByteRange, Cells};
+use cbt::{ByteRange, CELLS_PER_PAGE, Cells};
 
 use super::FileKind;
 use super::medium::PAGE;
-use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World, may_leave};
+use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World};
 use crate::areas::{AreaKind, OpenedArea};
 use crate::memory::{Source, Target};
 use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
@@ -316,14 +316,22 @@ impl Storage for SimStorage {
         Ok(SimCells { memory: file.map(count), count })
     }
 
+    fn hold_cells(&self, cells: &SimCells, count: usize) -> io::Result<()> {
+        let mut world = self.world.borrow_mut();
+        if let Some(file) = world.files.values_mut().find(|file| file.is_mapped_as(&cells.memory)) {
+            // Whoever maps it, until the process ends: which mapping it was is not kept.
+            file.held = file.held.max(count.div_ceil(CELLS_PER_PAGE));
+        }
+        Ok(())
+    }
+
     fn sync_cells(&self, cells: &SimCells) -> io::Result<()> {
         let called = self.call(OpKind::SyncCells);
         let mut world = self.world.borrow_mut();
         let (dead, forgets) = (world.is_dead(), world.random.one_in(2));
-        let World { files, dirs, random, .. } = &mut *world;
-        let mut files = files.iter_mut();
-        let Some((id, file)) = files.find(|(_, file)| file.is_mapped_as(&cells.memory)).filter(|_| !dead)
-        else {
+        let World { files, random, .. } = &mut *world;
+        let mut files = files.values_mut();
+        let Some(file) = files.find(|file| file.is_mapped_as(&cells.memory)).filter(|_| !dead) else {
             return called;
         };
         let told = file.tells_loss();
@@ -335,9 +343,8 @@ impl Storage for SimStorage {
         if called.is_ok() && !told {
             return Ok(());
         }
-        let mut names = dirs.iter().flat_map(|dir| &dir.names).filter(|(_, named)| *named == id);
-        if let Some(first) = names.find_map(|(name, _)| may_leave(name)).filter(|_| forgets) {
-            file.forget_lost_cells(first);
+        if forgets {
+            file.forget_lost_cells();
         }
         called.and(Err(io::ErrorKind::Other.into()))
     }

@@ -259,12 +259,11 @@ impl World {
     fn fail_write_back(&mut self) {
         let Self { files, dirs, random, .. } = self;
         let named = dirs.iter().flat_map(|dir| &dir.names);
-        let mapped: Vec<_> = named.filter_map(|(name, &id)| Some((id, may_leave(name)?))).collect();
-        if !mapped.is_empty() {
-            let &(id, first) = random.pick(&mapped);
-            if let Some(file) = files.get_mut(&id) {
-                file.fail_write_back(first, random);
-            }
+        let mapped: Vec<u64> = named.filter(|(name, _)| is_mapped(name)).map(|(_, &id)| id).collect();
+        if !mapped.is_empty()
+            && let Some(file) = files.get_mut(random.pick(&mapped))
+        {
+            file.fail_write_back(random);
         }
     }
 
@@ -472,6 +471,12 @@ impl World {
                 file.restore_cells(&cells);
             }
         }
+        for file in self.files.values_mut() {
+            file.held = 0;
+            if self.random.one_in(2) {
+                file.forget_lost_cells();
+            }
+        }
         self.dead.store(false, SeqCst);
         self.deadline = u64::MAX;
         let Self { files, dirs, .. } = self;
@@ -494,15 +499,9 @@ impl World {
     }
 }
 
-/// The first page of a mapping of this file that may leave memory while it is mapped; none if it is no mapped file. The
-/// map's first page is written to again and again.
-pub(super) fn may_leave(name: &str) -> Option<usize> {
-    match name {
-        MAP_FILE => Some(1),
-        DONE_FILE => Some(0),
-        _ if name.ends_with(".overlay-cells") => Some(0),
-        _ => None,
-    }
+/// Whether a file of this name is one of cells, of which the kernel writes pages back when it likes.
+fn is_mapped(name: &str) -> bool {
+    [MAP_FILE, DONE_FILE].contains(&name) || name.ends_with(".overlay-cells")
 }
 
 impl Op {

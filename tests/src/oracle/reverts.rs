@@ -12,6 +12,9 @@ use std::ops::Range;
 
 use super::{Change, End, Entry, GRAIN, Oracle, SECTOR, Stamp, Verdict};
 
+/// Grains that are preserved together at most.
+const STRETCH: u64 = 16;
+
 /// A revert of a disk that was commanded.
 #[derive(Clone, Debug)]
 pub(super) struct Revert {
@@ -234,6 +237,9 @@ impl Oracle {
         let grains = self.disks[disk].by_grain.iter();
         let grains: Vec<u64> =
             grains.filter(|(_, all)| all.iter().any(is_late)).map(|(&grain, _)| grain).collect();
+        // With the neighbours that were preserved along, as far as the blocks went that were tracked then.
+        let stretch = |grain: &u64| grain / STRETCH * STRETCH..(grain / STRETCH + 1) * STRETCH;
+        let grains: BTreeSet<u64> = grains.iter().flat_map(stretch).collect();
         let number = self.changes.len();
         // In no sector: it only excuses what is told.
         self.changes.push(Change::perhaps(0, now));

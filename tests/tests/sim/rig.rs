@@ -96,6 +96,8 @@ struct Spec {
     rewinding: bool,
     /// The kernel could not write back what a rewind had brought back, and the process ended after that.
     lossy: bool,
+    /// The kernel could not write back something of the map, nobody was told, and the process ended after that.
+    map_lost: bool,
     /// A state file was damaged since the last opening that was not cut off.
     damaged: bool,
     /// Openings that were cut off since the last that was not.
@@ -105,6 +107,13 @@ struct Spec {
     /// Where areas of its store are, and how many the operator has named so far.
     places: SimDir,
     areas: usize,
+}
+
+impl Spec {
+    /// Whether an opening may be told that something of the map could not be written, where faults happen.
+    fn may_lose_map(&self, faulty: bool) -> bool {
+        self.map_lost || faulty || self.attempts > 0
+    }
 }
 
 struct Rig<'a> {
@@ -188,6 +197,7 @@ impl<'a> Rig<'a> {
                 quiet: false,
                 rewinding: false,
                 lossy: false,
+                map_lost: false,
                 damaged: false,
                 attempts: 0,
                 other_block: false,
@@ -312,7 +322,7 @@ impl<'a> Rig<'a> {
             self.sim.power_cut();
             self.shared.oracle.borrow_mut().host_started();
             for spec in &mut self.specs {
-                (spec.power, spec.lossy) = (true, false);
+                (spec.power, spec.lossy, spec.map_lost) = (true, false, false);
             }
         } else {
             self.kill();
@@ -331,6 +341,7 @@ impl<'a> Rig<'a> {
     fn note_lost(&mut self) {
         for spec in &mut self.specs {
             spec.lossy |= self.sim.has_lost(spec.dir, "rewind-done").is_some();
+            spec.map_lost |= self.sim.has_lost(spec.dir, "map") == Some(true);
         }
         let dirs: Vec<SimDir> = self.specs.iter().map(|spec| spec.dir).collect();
         overlays::note_lost(&self.shared, |at| {
@@ -455,7 +466,8 @@ impl<'a> Rig<'a> {
                 Some(Ok(opened)) => {
                     // Also what it lost before it was taken up.
                     self.note_lost();
-                    if !faulty {
+                    // Nobody can see from outside what a flush will tell.
+                    if !faulty && self.specs.iter().all(|spec| !spec.map_lost) {
                         self.agrees(&looked, &opened, &blocks);
                     }
                     return Some(self.opened(opened, &blocks, faulty));
@@ -466,6 +478,11 @@ impl<'a> Rig<'a> {
                     if lost && self.profile.damage {
                         let refused = looked.iter().flatten().any(|one| one.code == "rewind-lost");
                         assert!(refused, "opening: {error:?}, {looked:?}");
+                        return None;
+                    }
+                    let excused =
+                        self.profile.faults && self.specs.iter().any(|spec| spec.may_lose_map(faulty));
+                    if lost && excused {
                         return None;
                     }
                     assert!(self.profile.faults && !lost, "opening: {error:?}");
@@ -590,6 +607,7 @@ impl<'a> Rig<'a> {
         for (at, (disk, report)) in opened.iter().enumerate() {
             let spec = &mut self.specs[at];
             let lost = spec.edited || spec.power && spec.clean == Clean::No;
+            let map_lost = self.profile.faults && spec.may_lose_map(faulty);
             // Of a disk that was found closed in order nothing is lost, however often that was tried before.
             let unsure = report.unclean || report.reset.is_some();
             let unsure = unsure && (spec.clean == Clean::Maybe || spec.attempts > 0);
@@ -602,6 +620,7 @@ impl<'a> Rig<'a> {
                 let torn = torn && spec.power || spec.damaged;
                 let torn = torn || oracle.disks[at].resetting;
                 let may = must || torn || spec.other_block || self.profile.faults && spec.power;
+                let may = may || map_lost;
                 assert!(!must || before != generation, "disk {at}: the generation goes on: {report:?}");
                 assert!(may || before == generation, "disk {at}: the generation was dropped: {report:?}");
             }
@@ -722,7 +741,7 @@ impl<'a> Rig<'a> {
             spec.block = disk.tracker_grid().map_or(0, BlockGrid::bytes);
             (spec.clean, spec.power, spec.edited, spec.damaged) = (Clean::No, false, false, false);
             (spec.unseen, spec.quiet, spec.loose, spec.lossy) = (false, false, false, false);
-            (spec.attempts, spec.other_block) = (0, false);
+            (spec.attempts, spec.other_block, spec.map_lost) = (0, false, false);
         }
     }
 
