@@ -19,7 +19,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use crate::raw::die_with_parent;
 
 /// Far more than any program here needs to start or to end, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What a process has asked of the system: bytes, also of the page cache, and how often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
