@@ -128,12 +128,9 @@ impl<S: Storage> Disk<S> {
     /// Notes all pages that are no holes of the map's file.
     async fn find_marks(&self, io: &S, tracker: &Tracker<S::Cells>) -> Result<(), Error> {
         // First: there are file systems that take what was stored through a mapping, and is not written yet, for
-        // a hole.
+        // a hole. What no flush could write may pass for one ever after; but once one has failed nothing that was marked
+        // before is told any more.
         self.sync_map(io, &self.map_cells()).await?;
-        if self.control.map_in_doubt(&self.boot()) {
-            // What a flush could not write may pass for a hole ever after.
-            return Ok(());
-        }
         let map = io.open(&self.dir, MAP_FILE).map_err(Error::io("opening the change map"))?;
         for part in walk::strides(tracker.page_count()) {
             let touched = walk::touched(io, &map, part);

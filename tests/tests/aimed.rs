@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+#[path = "aimed/ends.rs"]
+mod ends;
 #[path = "aimed/notes.rs"]
 mod notes;
 #[path = "aimed/rig.rs"]
