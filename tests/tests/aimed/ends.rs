@@ -5,7 +5,7 @@ use cow_engine::memory::Source;
 use cow_engine::sim::OpKind;
 use cow_engine::{Disk, Durability, ResetReason};
 
-use crate::rig::{BLOCK, PATIENCE, Rig, SEEDS};
+use crate::rig::{BLOCK, BLOCKS, PATIENCE, Rig, SEEDS};
 
 /// An overlay is used again and cannot be flushed when its disk is closed in order. After a power cut it does not pass for
 /// one that was closed in order.
@@ -63,4 +63,49 @@ fn a_kill_and_a_power_cut_tear_no_more_than_one_copy_of_the_superblock() {
         assert!(report.unclean || report.reset != Some(ResetReason::Damaged), "seed {seed}: {report:?}");
     }
     assert!(cut_off > 10, "{cut_off} cut off");
+}
+
+/// A flush of the intent log fails while a disk grows, beside one that makes a region hot. If the history goes on after a power
+/// cut, the change in that region is told.
+#[test]
+fn a_flush_of_the_log_that_fails_takes_no_region_along() {
+    let (mut failed, mut told) = (0, 0);
+    for seed in 0..20 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.cool(&disk);
+        let since = disk.change_id();
+        let mut random = rig.sim.random();
+        let (io, turns) = (rig.io.clone(), random.below(12));
+        let failing = rig.io.fated(Some(OpKind::Sync), 0..1, u64::MAX);
+        let grown = rig.run(async {
+            let write = async {
+                for _ in 0..turns {
+                    io.turn().await;
+                }
+                let bytes = Source::of(&[2; 4096]);
+                disk.write(&io, disk.lane(), 9 * BLOCK, bytes, Durability::Cached).await.expect("written");
+                disk.flush(&io).await
+            };
+            let mut admin = Admin::new();
+            let grow = disk.resize(&mut admin, &failing, (BLOCKS + 1) * BLOCK);
+            let (grown, flushed) = futures_util::future::join(grow, write).await;
+            flushed.map(|()| grown)
+        });
+        // A flush of the image that failed is told the guest.
+        let Ok(grown) = grown else { continue };
+        failed += usize::from(grown.is_err());
+        let then = disk.change_id().generation;
+        drop(disk);
+        rig.sim.power_cut();
+        let (disk, report) = rig.open();
+        if disk.change_id().generation != then {
+            continue;
+        }
+        rig.snapshot(&disk, "b");
+        let changes = rig.changes(&disk, "b", since);
+        assert!(changes.contains(&9), "seed {seed}: {changes:?}, {report:?}");
+        told += 1;
+    }
+    assert!(failed > 10 && told > 10, "{failed} failed, {told} told");
 }
