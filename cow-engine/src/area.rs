@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::format::{GRAIN, PAGE};
 use crate::memory::{Source, Target};
 use crate::slots::Slots;
-use crate::storage::{Durability, Storage, Zeroing};
+use crate::storage::{Storage, Zeroing};
 
 /// See the module.
 pub(crate) struct Area<S: Storage> {
@@ -118,7 +118,7 @@ impl<S: Storage> Area<S> {
         self.grown.store(true, SeqCst);
         let len = grains.iter().map(|grain| grain.len() as u64).sum::<u64>();
         let at = self.at(first);
-        io.write(&self.file, at, Source::of_slices(grains), Durability::Cached).await?;
+        io.write(&self.file, at, Source::of_slices(grains)).await?;
         self.behind.note(ByteRange::new(at, at + len));
         Ok(())
     }

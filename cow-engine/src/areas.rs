@@ -25,7 +25,7 @@ use crate::format::{GRAIN, PAGE, STORE_FILE, body, checksum, padded, page_of, te
 use crate::group::Admin;
 use crate::memory::{AlignedBuf, Source, Target};
 use crate::open::StorePlan;
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::store::{AreaInfo, Budget, Lost, Store};
 use crate::tracker::Identity;
 
@@ -287,7 +287,7 @@ impl List {
         let file = file.map_err(fail())?;
         let at = next.sequence % 2 * LIST_BYTES as u64;
         let bytes = next.to_bytes(disk);
-        io.write(&file, at, Source::of(&bytes[..]), Durability::Cached).await.map_err(fail())?;
+        io.write(&file, at, Source::of(&bytes[..])).await.map_err(fail())?;
         io.sync(&file).await.map_err(fail())?;
         io.sync_dir(dir).map_err(fail())?;
         *self = next;
@@ -420,7 +420,7 @@ pub(crate) async fn adopt<S: Storage>(
     };
     let fail = || Error::io("writing the header of an area");
     let page = entry.header(disk);
-    io.write(&opened.file, 0, Source::of(&page[..]), Durability::Cached).await.map_err(fail())?;
+    io.write(&opened.file, 0, Source::of(&page[..])).await.map_err(fail())?;
     io.sync(&opened.file).await.map_err(fail())?;
     let mut next = list.clone();
     next.entries.push(entry.clone());

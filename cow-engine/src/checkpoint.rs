@@ -47,7 +47,7 @@ use crate::error::Error;
 use crate::format::PAGE;
 use crate::group::{Admin, check_name};
 use crate::memory::{Source, Target};
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::view::View;
 
 pub(crate) use head::{Head as CheckpointHead, State as CheckpointState, file_of, number_of, numbers};
@@ -259,7 +259,7 @@ async fn prepare<S: Storage>(
 async fn write_head<S: Storage>(io: &S, file: &S::File, head: &CheckpointHead) -> Result<(), Error> {
     let page = head.to_page();
     let fail = || Error::io("writing the head of a checkpoint");
-    io.write(file, 0, Source::of(&page[..]), Durability::Cached).await.map_err(fail())?;
+    io.write(file, 0, Source::of(&page[..])).await.map_err(fail())?;
     io.sync(file).await.map_err(fail())
 }
 
@@ -302,7 +302,7 @@ async fn write_ready<S: Storage>(io: &S, file: &S::File, encoder: &mut Encoder) 
         return Ok(());
     }
     let at = (before + 1) * PAGE as u64;
-    let written = io.write(file, at, Source::of(&bytes), Durability::Cached).await;
+    let written = io.write(file, at, Source::of(&bytes)).await;
     written.map_err(Error::io("writing the runs of a checkpoint"))
 }
 

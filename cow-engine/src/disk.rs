@@ -278,7 +278,7 @@ impl<S: Storage> Disk<S> {
     }
 
     pub(crate) async fn write_image(&self, io: &S, at: u64, from: Source<'_>) -> Result<(), Error> {
-        io.write(&self.image, at, from, Durability::Cached).await.map_err(Error::io("writing the image"))
+        io.write(&self.image, at, from).await.map_err(Error::io("writing the image"))
     }
 
     /// Makes every change that was answered before this durable.
@@ -368,7 +368,7 @@ impl<S: Storage> Disk<S> {
         while at < range.end() {
             let len = (range.end() - at).min(ZEROS as u64);
             let part = Source::of(&zeros[..usize::try_from(len).unwrap_or(ZEROS)]);
-            io.write(&self.image, at, part, Durability::Cached).await.map_err(fail())?;
+            io.write(&self.image, at, part).await.map_err(fail())?;
             at += len;
         }
         Ok(())

@@ -48,7 +48,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::Error;
 use crate::format::{PAGE, checksum};
 use crate::memory::{Source, Target};
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 
 /// The file's name.
 pub(crate) const INTENT_FILE: &str = "intent";
@@ -210,14 +210,12 @@ impl<S: Storage> Intent<S> {
         if first < sectors {
             io.allocate(&self.file, place_of(sectors)).map_err(fail())?;
             let bytes = self.render(first..sectors);
-            io.write(&self.file, place_of(first), Source::of(&bytes), Durability::Cached)
-                .await
-                .map_err(fail())?;
+            io.write(&self.file, place_of(first), Source::of(&bytes)).await.map_err(fail())?;
             io.sync(&self.file).await.map_err(fail())?;
         }
         // Last: a file with a head is whole.
         let head = self.head(capacity);
-        io.write(&self.file, 0, Source::of(&head[..]), Durability::Cached).await.map_err(fail())?;
+        io.write(&self.file, 0, Source::of(&head[..])).await.map_err(fail())?;
         io.sync(&self.file).await.map_err(fail())
     }
 
@@ -267,7 +265,7 @@ impl<S: Storage> Intent<S> {
         // A process that was killed may have written bits and not flushed them, and another have failed to:
         // written anew, a flush has them for certain.
         let bytes = intent.render(0..sectors);
-        io.write(&intent.file, PAGE as u64, Source::of(&bytes), Durability::Cached).await.map_err(fail())?;
+        io.write(&intent.file, PAGE as u64, Source::of(&bytes)).await.map_err(fail())?;
         io.sync(&intent.file).await.map_err(fail())?;
         Ok(Some(intent))
     }
@@ -488,7 +486,7 @@ impl<S: Storage> Intent<S> {
         let sectors: BTreeSet<u64> = regions.iter().map(|region| region / PER_SECTOR).collect();
         for sector in sectors {
             let bytes = self.render(sector..sector + 1);
-            io.write(&self.file, place_of(sector), Source::of(&bytes), Durability::Cached)
+            io.write(&self.file, place_of(sector), Source::of(&bytes))
                 .await
                 .map_err(Error::io("writing to the intent log"))?;
         }
@@ -530,7 +528,7 @@ impl<S: Storage> Intent<S> {
         }
         self.log().recorded.fill(0);
         let bytes = self.render(0..sectors);
-        io.write(&self.file, PAGE as u64, Source::of(&bytes), Durability::Cached)
+        io.write(&self.file, PAGE as u64, Source::of(&bytes))
             .await
             .map_err(Error::io("writing to the intent log"))
     }

@@ -59,7 +59,7 @@ use crate::overlay::{Left, Overlays};
 use crate::rewind::{self, NO_REWIND};
 use crate::snapshot::Snapshot;
 use crate::status::Began;
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::store::{Budget, Store};
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
 use crate::walk;
@@ -645,7 +645,7 @@ pub(crate) async fn write_superblock<S: Storage>(
     let at = superblock.sequence % 2 * PAGE as u64;
     let page = superblock.to_page();
     let fail = || Error::io("writing the superblock");
-    io.write(file, at, Source::of(&page[..]), Durability::Cached).await.map_err(fail())?;
+    io.write(file, at, Source::of(&page[..])).await.map_err(fail())?;
     io.sync(file).await.map_err(fail())
 }
 

@@ -21,7 +21,7 @@ use crate::known::Known;
 use crate::memory::{Source, Target};
 use crate::overflow::Terms;
 use crate::released::Released;
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::store::Store;
 use crate::tracker::Control;
 
@@ -518,7 +518,7 @@ impl<S: Storage> Snapshot<S> {
         records: Vec<RawRecord>,
     ) -> Result<(), Error> {
         let at = PAGE as u64 + place * RECORD as u64;
-        io.write(&self.index_file, at, Source::of(records.as_bytes()), Durability::Cached)
+        io.write(&self.index_file, at, Source::of(records.as_bytes()))
             .await
             .map_err(Error::io("writing to a snapshot's index"))?;
         control.note_records(self.sequence, u32::try_from(records.len()).unwrap_or(u32::MAX));
@@ -549,7 +549,7 @@ impl<S: Storage> Snapshot<S> {
     pub(crate) async fn write_head(&self, io: &S) -> Result<(), Error> {
         let _writer = self.head.claim(0..1).await;
         let page = self.header().to_page();
-        io.write(&self.index_file, 0, Source::of(&page[..]), Durability::Cached)
+        io.write(&self.index_file, 0, Source::of(&page[..]))
             .await
             .map_err(Error::io("writing the head of a snapshot's index"))
     }

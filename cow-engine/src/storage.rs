@@ -21,12 +21,12 @@ use cbt::{ByteRange, Cells};
 use crate::areas::OpenedArea;
 use crate::memory::{Source, Target};
 
-/// Whether a write is on the medium, or only in its cache, when it is answered.
+/// Whether a guest's change is on the medium, or only in its cache, when it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// In the cache: a later [`Storage::sync`] makes it durable.
+    /// In the cache: a later flush makes it durable.
     Cached,
-    /// On the medium (`RWF_DSYNC`; what FUA means).
+    /// On the medium (what FUA means).
     Durable,
 }
 
@@ -67,14 +67,8 @@ pub trait Storage: Clone + 'static {
     /// Fills `into` from byte `at` of `file`. Past the end of the file is an error.
     fn read(&self, file: &Self::File, at: u64, into: Target<'_>) -> impl Future<Output = io::Result<()>>;
 
-    /// Writes `from` at byte `at`, extending the file if need be.
-    fn write(
-        &self,
-        file: &Self::File,
-        at: u64,
-        from: Source<'_>,
-        durability: Durability,
-    ) -> impl Future<Output = io::Result<()>>;
+    /// Writes `from` at byte `at`, extending the file if need be. A later [`Storage::sync`] makes it durable.
+    fn write(&self, file: &Self::File, at: u64, from: Source<'_>) -> impl Future<Output = io::Result<()>>;
 
     /// Makes all answered writes of `file` durable (`fdatasync`).
     fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>>;

@@ -138,7 +138,7 @@ fn an_import_vouches_for_no_image_that_a_power_cut_takes_back() {
         // A copy that its maker has not flushed.
         let (to, to_dir) = (rig.sim.add_image(BLOCKS * BLOCK), rig.sim.add_dir());
         let (io, bytes) = (rig.io.clone(), rig.content(from));
-        let copy = async move { io.write(&to, 0, Source::of(&bytes), Durability::Cached).await };
+        let copy = async move { io.write(&to, 0, Source::of(&bytes)).await };
         rig.run(copy).expect("copied");
         let (io, identity, boot) = (rig.io.clone(), rig.io.identity(to), rig.sim.boot());
         let take = async move {

@@ -21,7 +21,7 @@ use crate::format::{self, MAP_FILE, PAGE, Superblock};
 use crate::memory::{Source, Target};
 use crate::open::{bytes_of, cells_of};
 use crate::sample::{self as places, Place};
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::tracker::{CONTROL_PAGES, LOG_DOUBT, MAP_DOUBT, MAP_FAILURES, WORDS_LOST};
 use crate::walk;
 
@@ -298,7 +298,7 @@ impl<S: Storage> Disk<S> {
         let fail = || Error::io("writing the sample");
         let file = io.create(&self.dir, SAMPLE_FILE).map_err(fail())?;
         let page = sample.to_page();
-        io.write(&file, 0, Source::of(&page[..]), Durability::Cached).await.map_err(fail())?;
+        io.write(&file, 0, Source::of(&page[..])).await.map_err(fail())?;
         io.sync(&file).await.map_err(fail())
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::group;
 use crate::host::{Executor, HostDir, HostFile, HostStorage, ImageOptions};
-use crate::{DiskOptions, Meanwhile, OpenReport};
+use crate::{DiskOptions, Durability, Meanwhile, OpenReport};
 
 const CAPACITY: u64 = 64 << 20;
 const BLOCK: u64 = 4096;

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::format::{self, PAGE, body, checksum, page_of, text};
 use crate::memory::Source;
 use crate::sample::Place;
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::tracker::Identity;
 
 const MAGIC: [u8; 8] = *b"EBBTHST1";
@@ -233,7 +233,7 @@ impl<'a, S: Storage> Writer<'a, S> {
     }
 
     async fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Error> {
-        let written = self.io.write(self.file, at, Source::of(bytes), Durability::Cached).await;
+        let written = self.io.write(self.file, at, Source::of(bytes)).await;
         written.map_err(Error::io("writing the history file"))
     }
 

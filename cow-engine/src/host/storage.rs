@@ -15,7 +15,7 @@ use super::file::{Backing, Engine, HostDir, HostFile, length_of};
 use super::ring::{Op, Ring};
 use crate::areas::OpenedArea;
 use crate::memory::{AlignedBuf, Segment, Source, Target};
-use crate::storage::{Durability, Extent, Storage, Zeroing};
+use crate::storage::{Extent, Storage, Zeroing};
 
 /// Segments that one system call takes (`IOV_MAX`).
 const MAX_SEGMENTS: usize = 1024;
@@ -33,16 +33,7 @@ pub struct HostStorage {
 #[derive(Clone, Copy)]
 enum Way {
     Read,
-    Write(Durability),
-}
-
-impl Way {
-    fn flags(self) -> i32 {
-        match self {
-            Self::Write(Durability::Durable) => libc::RWF_DSYNC,
-            Self::Read | Self::Write(Durability::Cached) => 0,
-        }
-    }
+    Write,
 }
 
 impl HostStorage {
@@ -127,7 +118,7 @@ impl HostStorage {
                 Ok(0) => {
                     let kind = match way {
                         Way::Read => io::ErrorKind::UnexpectedEof,
-                        Way::Write(_) => io::ErrorKind::WriteZero,
+                        Way::Write => io::ErrorKind::WriteZero,
                     };
                     return Err(kind.into());
                 }
@@ -198,16 +189,9 @@ impl Storage for HostStorage {
         Ok(())
     }
 
-    async fn write(
-        &self,
-        file: &HostFile,
-        at: u64,
-        from: Source<'_>,
-        durability: Durability,
-    ) -> io::Result<()> {
-        let way = Way::Write(durability);
+    async fn write(&self, file: &HostFile, at: u64, from: Source<'_>) -> io::Result<()> {
         if file.takes(at, from.segments()) {
-            return self.transfer(way, file, at, from.segments()).await;
+            return self.transfer(Way::Write, file, at, from.segments()).await;
         }
         if !at.is_multiple_of(file.alignment.offset)
             || !(from.len() as u64).is_multiple_of(file.alignment.offset)
@@ -221,7 +205,7 @@ impl Storage for HostStorage {
             let mut bounce = AlignedBuf::zeroed(len);
             from.copy_to(done, &mut bounce);
             let segment = [Segment::new(bounce.as_mut_ptr(), len)];
-            self.transfer(way, file, at + done as u64, &segment).await?;
+            self.transfer(Way::Write, file, at + done as u64, &segment).await?;
             done += len;
         }
         Ok(())
@@ -367,20 +351,19 @@ fn to_usize(n: u64) -> io::Result<usize> {
 
 /// The ring's entry for one transfer.
 fn entry(way: Way, fd: types::Fd, at: u64, segments: &[Segment]) -> squeue::Entry {
-    let flags = way.flags();
     if let [one] = segments
         && let Ok(len) = u32::try_from(one.len())
     {
         return match way {
             Way::Read => opcode::Read::new(fd, one.base(), len).offset(at).build(),
-            Way::Write(_) => opcode::Write::new(fd, one.base(), len).offset(at).rw_flags(flags).build(),
+            Way::Write => opcode::Write::new(fd, one.base(), len).offset(at).build(),
         };
     }
     let vectors = segments.as_ptr().cast::<libc::iovec>();
     let count = u32::try_from(segments.len()).unwrap_or(u32::MAX);
     match way {
         Way::Read => opcode::Readv::new(fd, vectors, count).offset(at).build(),
-        Way::Write(_) => opcode::Writev::new(fd, vectors, count).offset(at).rw_flags(flags).build(),
+        Way::Write => opcode::Writev::new(fd, vectors, count).offset(at).build(),
     }
 }
 
@@ -396,7 +379,7 @@ fn transfer_inline(way: Way, file: &HostFile, at: u64, segments: &[Segment]) -> 
     let moved = unsafe {
         match way {
             Way::Read => libc::preadv(fd, vectors, count, at),
-            Way::Write(_) => libc::pwritev2(fd, vectors, count, at, way.flags()),
+            Way::Write => libc::pwritev(fd, vectors, count, at),
         }
     };
     if moved < 0 {

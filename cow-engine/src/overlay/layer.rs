@@ -18,7 +18,7 @@ use crate::flushes::Flushes;
 use crate::format::{GRAIN, PAGE};
 use crate::gate::Gate;
 use crate::memory::{AlignedBuf, Source, Target};
-use crate::storage::{Durability, Storage, Zeroing};
+use crate::storage::{Storage, Zeroing};
 
 /// Zeros that are written at once where the file system cannot zero a range.
 const ZEROS: usize = 256 << 10;
@@ -59,7 +59,7 @@ impl<S: Storage> Layer<S> {
         let data = io.create(dir, &head::data_file(head.number)).map_err(fail())?;
         // As long as the disk and without content: a read of a grain never passes the end.
         let at = head.capacity.saturating_sub(1);
-        io.write(&data, at, Source::of(&[0]), Durability::Cached).await.map_err(fail())?;
+        io.write(&data, at, Source::of(&[0])).await.map_err(fail())?;
         let cells_file = io.create(dir, &head::cells_file(head.number)).map_err(fail())?;
         let count = Owned::<S::Cells>::cells_needed(head.capacity);
         // Allocated to its end: a store into a hole of a full file system would end the process.
@@ -130,7 +130,7 @@ impl<S: Storage> Layer<S> {
     pub(super) async fn write_head(&self, io: &S, clean: bool) -> Result<(), Error> {
         let fail = || Error::io("writing the head of an overlay");
         let page = Head { clean, ..self.head.clone() }.to_page();
-        io.write(&self.head_file, 0, Source::of(&page[..]), Durability::Cached).await.map_err(fail())
+        io.write(&self.head_file, 0, Source::of(&page[..])).await.map_err(fail())
     }
 
     /// Makes the head as it was last written durable.
@@ -158,9 +158,7 @@ impl<S: Storage> Layer<S> {
 
     /// Writes bytes of grains that are the overlay's, or that the caller has claimed.
     pub(super) async fn write(&self, io: &S, at: u64, from: Source<'_>) -> Result<(), Error> {
-        io.write(&self.data, at, from, Durability::Cached)
-            .await
-            .map_err(Error::io("writing the overlay's data"))
+        io.write(&self.data, at, from).await.map_err(Error::io("writing the overlay's data"))
     }
 
     /// Zeros by the file system's means, else by writing zeros.

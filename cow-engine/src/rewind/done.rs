@@ -21,7 +21,7 @@ use cbt::{CELLS_PER_PAGE, Cells};
 use crate::error::Error;
 use crate::format::PAGE;
 use crate::memory::{Source, Target};
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 
 const BITS: u64 = u32::BITS as u64;
 const PER_PAGE: u64 = BITS * CELLS_PER_PAGE as u64;
@@ -174,7 +174,7 @@ impl<S: Storage> Done<S> {
         let fail = || Error::io("noting durably what a rewind has brought back");
         for (page, _, bytes) in captured {
             let at = (page * PAGE) as u64;
-            let written = io.write(&self.synced, at, Source::of(&bytes[..]), Durability::Cached).await;
+            let written = io.write(&self.synced, at, Source::of(&bytes[..])).await;
             written.map_err(fail())?;
         }
         io.sync(&self.synced).await.map_err(fail())?;

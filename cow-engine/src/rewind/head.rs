@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::format::{GRAIN, NAME_BYTES, PAGE, body, checksum, padded, page_of, text};
 use crate::index::Slot;
 use crate::memory::{Source, Target};
-use crate::storage::{Durability, Storage};
+use crate::storage::Storage;
 use crate::store::Store;
 
 const MAGIC: [u8; 8] = *b"EBBTRWD1";
@@ -143,7 +143,7 @@ impl Head {
     pub(super) async fn write<S: Storage>(&self, io: &S, file: &S::File) -> Result<(), Error> {
         let page = self.to_page();
         let fail = || Error::io("writing the head of a rewind");
-        io.write(file, 0, Source::of(&page[..]), Durability::Cached).await.map_err(fail())?;
+        io.write(file, 0, Source::of(&page[..])).await.map_err(fail())?;
         io.sync(file).await.map_err(fail())
     }
 
@@ -178,9 +178,7 @@ pub(super) async fn write_runs<S: Storage>(io: &S, file: &S::File, plan: &Plan) 
     for part in plan.runs().chunks(AT_ONCE) {
         let raw: Vec<RawRun> = part.iter().map(RawRun::of).collect();
         let bytes = raw.as_bytes();
-        io.write(file, at, Source::of(bytes), Durability::Cached)
-            .await
-            .map_err(Error::io("writing the runs of a rewind"))?;
+        io.write(file, at, Source::of(bytes)).await.map_err(Error::io("writing the runs of a rewind"))?;
         sum = crc32c::crc32c_append(sum, bytes);
         at += bytes.len() as u64;
     }

@@ -261,8 +261,8 @@ impl File {
         self.failed_syncs += 1;
     }
 
-    /// A durable write of this range has ended.
-    pub(super) fn finish_durable(&mut self, at: u64, len: usize) {
+    /// This range is on the medium.
+    fn settle(&mut self, at: u64, len: usize) {
         for (index, place, _) in parts(at, len) {
             if let Some(page) = self.pages.get_mut(&index) {
                 page.clean(mask_of(place));
@@ -485,7 +485,7 @@ impl File {
         }
         let now = self.mtime;
         self.write(at, &bytes, now);
-        self.finish_durable(at, len);
+        self.settle(at, len);
     }
 
     /// Answers the pages that went, also the one that went in part.

@@ -18,7 +18,7 @@ use super::medium::PAGE;
 use super::world::{LONG_TIMER, OpKind, SHORT_TIMER, Work, World};
 use crate::areas::{AreaKind, OpenedArea};
 use crate::memory::{Source, Target};
-use crate::{Durability, Extent, Identity, Meanwhile, Storage, Zeroing};
+use crate::{Extent, Identity, Meanwhile, Storage, Zeroing};
 
 /// Files of a simulated host; see [`crate::sim`].
 #[derive(Clone)]
@@ -229,17 +229,10 @@ impl Storage for SimStorage {
         Ok(())
     }
 
-    async fn write(
-        &self,
-        file: &SimFile,
-        at: u64,
-        from: Source<'_>,
-        durability: Durability,
-    ) -> io::Result<()> {
+    async fn write(&self, file: &SimFile, at: u64, from: Source<'_>) -> io::Result<()> {
         let mut bytes = vec![0; from.len()];
         from.copy_to(0, &mut bytes);
-        let durable = durability == Durability::Durable;
-        self.start(file.id, Work::Write { at, bytes, durable }).await.map(drop)
+        self.start(file.id, Work::Write { at, bytes }).await.map(drop)
     }
 
     async fn sync(&self, file: &SimFile) -> io::Result<()> {

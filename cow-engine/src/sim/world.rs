@@ -100,7 +100,6 @@ pub(super) enum Work {
     Write {
         at: u64,
         bytes: Vec<u8>,
-        durable: bool,
     },
     Zero {
         at: u64,
@@ -405,9 +404,6 @@ impl World {
                 } else if result.is_ok() {
                     result = Ok(std::mem::take(buffer));
                 }
-            }
-            (Work::Write { at, bytes, durable: true }, Some(file)) if result.is_ok() => {
-                file.finish_durable(*at, bytes.len());
             }
             (Work::Sync { captured }, Some(file)) if result.is_ok() => file.finish_sync(captured),
             (Work::Sync { captured }, Some(file)) => file.fail_sync(captured),

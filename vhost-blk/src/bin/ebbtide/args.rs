@@ -621,6 +621,7 @@ fn size_of(text: &str) -> Result<u64, String> {
 fn range(text: &str) -> Result<(u64, u64), String> {
     let parts = text.split_once('+').map(|(offset, length)| (size(offset), size(length)));
     match parts {
+        Some((Some(_), Some(0))) => Err(format!("'{text}' has no bytes")),
         Some((Some(offset), Some(length))) => Ok((offset, length)),
         _ => Err(format!("'{text}' is no OFFSET+LENGTH, such as 0+64K")),
     }
@@ -655,7 +656,7 @@ mod tests {
     fn ranges_are_two_sizes() {
         assert_eq!(range("0+512"), Ok((0, 512)));
         assert_eq!(range("1M+64K"), Ok((1 << 20, 64 << 10)));
-        for wrong in ["", "512", "+", "1+", "-1+5", "1-5", "1+x"] {
+        for wrong in ["", "512", "+", "1+", "-1+5", "1-5", "1+x", "1+0"] {
             assert!(range(wrong).is_err(), "{wrong}");
         }
     }
