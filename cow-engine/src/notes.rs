@@ -63,21 +63,6 @@ impl<S: Storage> Notes<S> {
     pub(crate) fn flush_failed(&self) -> bool {
         self.unsure || self.this_boot && self.words.as_ref().is_some_and(Control::flush_failed)
     }
-
-    /// Notes in the heads which snapshots broke: the map is about to be replaced.
-    pub(crate) async fn take_over(
-        &self,
-        io: &S,
-        chain: &[Arc<Snapshot<S>>],
-        disk: &str,
-    ) -> Result<(), Error> {
-        let Some(words) = &self.words else { return Ok(()) };
-        take_breaks(words, chain, disk);
-        for snapshot in chain.iter().filter(|one| one.broken().is_some()) {
-            snapshot.write_head(io).await?;
-        }
-        Ok(())
-    }
 }
 
 /// The control words of a map, if it is long enough to have any.

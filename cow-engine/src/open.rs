@@ -335,9 +335,6 @@ impl<S: Storage> Disk<S> {
         if verdict.keep_snapshots {
             let remains = Remains { store: &store, control: notes.words.as_ref() };
             chain = load_chain(io, &options.dir, &next.disk, &names, &remains, &mut report).await?;
-            if !fits {
-                notes.take_over(io, &chain, &options.name).await?;
-            }
         } else {
             let reason = lost.clone().unwrap_or_default();
             drop_snapshots(io, &options.dir, &next.disk, &names, &reason, &mut report).await?;
@@ -386,7 +383,7 @@ impl<S: Storage> Disk<S> {
                 }
                 old
             }
-            old => replace_map(io, &options.dir, old.is_some(), cells)?,
+            old => replace_map(io, &options.dir, old, cells)?,
         };
         let mapped = Arc::new(io.map(&map_file, cells).map_err(Error::io("mapping the change map"))?);
         let tracker = options.tracking.map(|grid| Tracker::new(mapped.clone(), grid, capacity));
@@ -836,18 +833,25 @@ fn open_map<S: Storage>(io: &S, dir: &S::Dir, names: &[String]) -> Result<Option
     Ok(Some((file, len)))
 }
 
-/// Makes a new map, all zero, in place of one that does not fit.
-fn replace_map<S: Storage>(io: &S, dir: &S::Dir, existed: bool, cells: usize) -> Result<S::File, Error> {
+/// Makes a new map, all zero, or one of `old` that does not fit. Of that the first page stays: what it notes is true until
+/// the superblock is written, and a stop before that must not forget it.
+fn replace_map<S: Storage>(
+    io: &S,
+    dir: &S::Dir,
+    old: Option<(S::File, u64)>,
+    cells: usize,
+) -> Result<S::File, Error> {
     let fail = || Error::io("making the change map");
-    if existed {
-        io.remove(dir, MAP_FILE).map_err(fail())?;
-    }
-    let file = io.create(dir, MAP_FILE).map_err(fail())?;
+    let file = match old {
+        Some((old, len)) => {
+            let kept = if len < PAGE as u64 { 0 } else { PAGE as u64 };
+            io.set_len(&old, kept).map_err(fail())?;
+            old
+        }
+        None => io.create(dir, MAP_FILE).map_err(fail())?,
+    };
     // Allocated to its end: a store into a hole of a full file system would end the process.
-    if let Err(error) = io.allocate(&file, bytes_of(cells)) {
-        let _ = io.remove(dir, MAP_FILE);
-        return Err(fail()(error));
-    }
+    io.allocate(&file, bytes_of(cells)).map_err(fail())?;
     Ok(file)
 }
 

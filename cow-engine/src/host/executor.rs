@@ -95,6 +95,15 @@ pub struct Executor {
     inner: Rc<Inner>,
 }
 
+/// Says what may be done about an io_uring that cannot be had.
+fn explained(error: io::Error) -> io::Error {
+    let why = match error.kind() {
+        io::ErrorKind::OutOfMemory => "the limit of locked memory (RLIMIT_MEMLOCK) is too small",
+        _ => "this needs Linux 6.1 or later, and that nothing forbids it (kernel.io_uring_disabled, seccomp)",
+    };
+    io::Error::new(error.kind(), format!("cannot start an io_uring: {why}: {error}"))
+}
+
 impl Executor {
     /// An executor for this thread, with room for `entries` submissions between system calls.
     ///
@@ -108,7 +117,7 @@ impl Executor {
         });
         let main = Arc::new(TaskWaker { task: MAIN, queued: AtomicBool::new(false), remote: remote.clone() });
         let inner = Inner {
-            ring: Ring::new(entries)?,
+            ring: Ring::new(entries).map_err(explained)?,
             slots: RefCell::default(),
             free: RefCell::default(),
             remote,

@@ -116,3 +116,32 @@ fn a_rewind_that_only_lost_notes_called_none_is_not_gone_on_with() {
     }
     assert!(refused > 10, "{refused} refused");
 }
+
+/// A flush of the image failed, and a start that replaces the map, because another block size is asked for, is cut off
+/// anywhere: no later daemon closes the disk in order.
+#[test]
+fn a_map_that_is_replaced_forgets_no_failed_flush() {
+    let mut cut_off = 0;
+    for seed in 0..SEEDS {
+        let mut rig = Rig::of_blocks(seed, 2048);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        rig.fail(OpKind::Sync, FileKind::Image);
+        let (io, flushed) = (rig.io.clone(), disk.clone());
+        rig.run(async move { flushed.flush(&io).await }).expect_err("it failed");
+        rig.fail_no_more();
+        drop(disk);
+        rig.sim.kill();
+        rig.tracked = 16 * BLOCK;
+        let io = rig.io.fated(None, 0..0, seed % 50);
+        let options = rig.options(rig.image, rig.dir, "/d.img");
+        let opened = rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX);
+        cut_off += usize::from(opened.is_none());
+        rig.sim.kill();
+        let (disk, report) = rig.open();
+        let (io, identity) = (rig.io.clone(), rig.io.identity(rig.image));
+        let closed = rig.run(async move { disk.close(&io, || Ok(identity)).await });
+        assert!(matches!(closed, Err(Error::Poisoned)), "seed {seed}: {closed:?}, {report:?}");
+    }
+    assert!(cut_off > 50, "{cut_off} cut off");
+}

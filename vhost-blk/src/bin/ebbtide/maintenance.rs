@@ -3,6 +3,7 @@
 //! Invariant: each step holds the right to change snapshots ([`Admin`]) for some milliseconds, and is
 //! followed by a pause as long as it took, so that neither verbs nor guests wait for it.
 
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -77,8 +78,23 @@ impl Upkeep {
     /// Starts the thread that maintains `disks`.
     pub(crate) fn start(&self, disks: Arc<Vec<Served>>, hub: EventHub) -> anyhow::Result<Maintenance> {
         let upkeep = self.clone();
-        let thread = crate::thread("maintenance", move || run(&upkeep, &disks, &hub));
-        Ok(Maintenance { upkeep: self.clone(), thread: Some(thread.context("cannot start a thread")?) })
+        let (tell, told) = sync_channel(1);
+        let thread = crate::thread("maintenance", move || {
+            // An executor stays with its thread.
+            let (executor, began) = match Executor::new(16) {
+                Ok(executor) => (Some(executor), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            let _ = tell.send(began);
+            if let Some(executor) = executor {
+                run(&upkeep, &executor, &disks, &hub);
+            }
+        });
+        let thread = Some(thread.context("cannot start a thread")?);
+        let maintenance = Maintenance { upkeep: self.clone(), thread };
+        // Nothing would be cooled, merged or looked after without it, and no rewind come to its end.
+        told.recv().context("the maintenance of disks ended at once")??;
+        Ok(maintenance)
     }
 }
 
@@ -100,14 +116,7 @@ impl Drop for Maintenance {
     }
 }
 
-fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
-    let executor = match Executor::new(16) {
-        Ok(executor) => executor,
-        Err(error) => {
-            log::warn!("cannot look after the difference stores: {error}");
-            return;
-        }
-    };
+fn run(upkeep: &Upkeep, executor: &Executor, disks: &[Served], hub: &EventHub) {
     for served in disks {
         executor.block_on(served.disk.look_for_marks(&executor.storage()));
     }
@@ -119,10 +128,10 @@ fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
     while upkeep.wait(pause) {
         pause = TICK;
         for served in disks {
-            if maintain(upkeep, &executor, served) {
+            if maintain(upkeep, executor, served) {
                 pause = Duration::ZERO;
             }
-            if write_behind(upkeep, &executor, disks, served, cache) {
+            if write_behind(upkeep, executor, disks, served, cache) {
                 pause = Duration::ZERO;
             }
         }
@@ -132,7 +141,7 @@ fn run(upkeep: &Upkeep, disks: &[Served], hub: &EventHub) {
         }
         if checked.elapsed() >= STORE_CHECKS {
             // Not for ever: what is written meanwhile may be as much.
-            if checked.elapsed() < 4 * STORE_CHECKS && ease(upkeep, &executor, disks) {
+            if checked.elapsed() < 4 * STORE_CHECKS && ease(upkeep, executor, disks) {
                 pause = Duration::ZERO;
             } else {
                 for served in disks {

@@ -144,7 +144,7 @@ pub(crate) fn import(file: &Path, image: &Path, state: Option<PathBuf>, replace:
 const RING: u32 = 16;
 
 fn run<T>(verb: impl AsyncFnOnce(HostStorage) -> Result<T, cow_engine::Error>) -> anyhow::Result<T> {
-    let executor = Executor::new(RING).context("cannot start an io_uring: this needs Linux 6.1 or later")?;
+    let executor = Executor::new(RING)?;
     Ok(executor.block_on(verb(executor.storage()))?)
 }
 

@@ -84,7 +84,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     let stop = Stop::default();
     watch_signals(stop.clone())?;
     let hub = EventHub::new();
-    let executor = Executor::new(16).context("cannot start an io_uring: this needs Linux 6.1 or later")?;
+    let executor = Executor::new(16)?;
     let budget = Arc::new(Budget::new("the difference stores of all disks"));
     let disks = Arc::new(open_disks(&executor, plan.disks, &hub, &budget)?);
     let pulse = Pulse::start(disks.clone())?;

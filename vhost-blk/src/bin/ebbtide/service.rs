@@ -362,7 +362,7 @@ impl Service for ControlService {
 /// Drives one verb on a ring of its own: verbs are rare, and their threads come and go.
 pub(crate) fn on_ring<T>(verb: impl AsyncFnOnce(HostStorage) -> Result<T, Error>) -> Answer<T> {
     let executor = Executor::new(RING_ENTRIES)
-        .map_err(|error| CommandError::generic(reason::IO, format!("Cannot start an io_uring: {error}")))?;
+        .map_err(|error| CommandError::generic(reason::IO, format!("The verb cannot run: {error}")))?;
     executor.block_on(verb(executor.storage())).map_err(explain)
 }
 
