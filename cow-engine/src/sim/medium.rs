@@ -457,9 +457,10 @@ impl File {
         self.durable_len = len;
         if let Some(mapped) = self.mapped.take() {
             let count = usize::try_from(len / 4).unwrap_or(usize::MAX).min(mapped.cells.len());
-            let values: Vec<u32> = mapped.cells[..count].iter().map(|cell| cell.load(SeqCst)).collect();
-            let cells = values.iter().map(|&value| AtomicU32::new(value)).collect();
-            self.mapped = (count > 0).then_some(Mapped { cells, synced: values, lost: BTreeMap::new() });
+            let mut values: Vec<u32> = mapped.cells[..count].iter().map(|cell| cell.load(SeqCst)).collect();
+            // There is room for all that the file may have again.
+            values.resize(mapped.cells.len(), 0);
+            self.mapped = Some(Mapped::new(values));
         }
     }
 
