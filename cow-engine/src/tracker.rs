@@ -44,7 +44,7 @@ const FLUSH_FAILED: usize = 1;
 const REWIND_VOID: usize = 2;
 pub(crate) const LOG_DOUBT: usize = 3;
 pub(crate) const MAP_DOUBT: usize = 4;
-pub(crate) const WORDS_LOST: usize = 5;
+const WORDS_LOST: usize = 5;
 pub(crate) const MAP_FAILURES: usize = 6;
 // 16 and 24 to 37 are the sign of life: see `away::note`.
 /// From here on a word per snapshot, by its number.

@@ -339,7 +339,7 @@ fn is_unchecked(name: &str) -> bool {
 
 /// Whether a byte of the map means something only while the disk is served.
 fn is_passing(at: usize) -> bool {
-    [3, 4, 16].contains(&(at / 4)) || (24..30).contains(&(at / 4)) || (32..38).contains(&(at / 4))
+    [3, 4, 6, 16].contains(&(at / 4)) || (24..30).contains(&(at / 4)) || (32..38).contains(&(at / 4))
 }
 
 /// The bytes of a file that are tried.

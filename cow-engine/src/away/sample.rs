@@ -22,7 +22,7 @@ use crate::memory::{Source, Target};
 use crate::open::{bytes_of, cells_of};
 use crate::sample::{self as places, Place};
 use crate::storage::Storage;
-use crate::tracker::{CONTROL_PAGES, LOG_DOUBT, MAP_DOUBT, MAP_FAILURES, WORDS_LOST};
+use crate::tracker::{CONTROL_PAGES, LOG_DOUBT, MAP_DOUBT, MAP_FAILURES};
 use crate::walk;
 
 /// The file's name.
@@ -199,7 +199,7 @@ impl MapSum {
 
 /// Whether a control word says nothing of a disk that is closed: of one boot, and noted without a flush.
 fn is_passing(word: usize) -> bool {
-    [LOG_DOUBT, MAP_DOUBT, WORDS_LOST, MAP_FAILURES].contains(&word) || note::is_of_a_note(word)
+    [LOG_DOUBT, MAP_DOUBT, MAP_FAILURES].contains(&word) || note::is_of_a_note(word)
 }
 
 /// Sums up the first `len` bytes of the map in `file`, through a mapping.
