@@ -82,32 +82,3 @@ impl Cells for SharedCells {
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().cast::<AtomicU32>(), self.count) }
     }
 }
-
-/// Copies cells into `out`, eight bytes for two of them: each cell as it is at some time meanwhile.
-///
-/// # Panics
-/// If there is not as much of both.
-pub(crate) fn copy(cells: &[AtomicU32], out: &mut [u8]) {
-    assert!(size_of_val(cells) == out.len() && out.len().is_multiple_of(8), "a page of cells fills a page");
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: both are as long as is said, apart from each other, since one is borrowed mutably, and the direction
-    // flag is clear, as the calling convention has it. Others may store into the cells meanwhile: to the language
-    // that is what a device or another process could do as well; the processor moves aligned words whole.
-    // JUSTIFICATION: loads of atomics are not made vectors, and a question reads millions of them: a third of the time.
-    unsafe {
-        std::arch::asm!(
-            "rep movsq",
-            inout("rcx") out.len() / 8 => _,
-            inout("rsi") cells.as_ptr() => _,
-            inout("rdi") out.as_mut_ptr() => _,
-            options(nostack, preserves_flags),
-        );
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    // Two at a time: half the stores.
-    for (bytes, [low, high]) in out.as_chunks_mut::<8>().0.iter_mut().zip(cells.as_chunks::<2>().0) {
-        use std::sync::atomic::Ordering::Relaxed;
-        let (low, high) = (low.load(Relaxed), high.load(Relaxed));
-        *bytes = (u64::from(high) << 32 | u64::from(low)).to_le_bytes();
-    }
-}

@@ -4,11 +4,9 @@
 //! Absent: where a page comes from (frozen with a snapshot, or live); the engine reads it.
 
 use crate::Epoch;
+use crate::bulk::{self, TOGETHER};
 use crate::map::{CELLS_PER_PAGE, PAGE_BYTES, PageIndex};
 use crate::units::{BlockGrid, ByteRange};
-
-/// Cells that are looked at together.
-const TOGETHER: usize = 16;
 
 /// Collects the ranges that changed after `since`, page by page.
 ///
@@ -34,11 +32,7 @@ impl Changes {
         let since = self.since.get();
         let mut block = index * CELLS_PER_PAGE as u64;
         for together in cells.as_chunks::<{ 4 * TOGETHER }>().0 {
-            // Without a branch for each: most have no change, and vectors tell that.
-            let mut changed =
-                together.as_chunks::<4>().0.iter().zip(0..).fold(0u16, |changed, (cell, nth)| {
-                    changed | u16::from(u32::from_le_bytes(*cell) > since) << nth
-                });
+            let mut changed = bulk::above(together, since);
             while changed != 0 {
                 self.add(block + u64::from(changed.trailing_zeros()), &mut emit);
                 changed &= changed - 1;

@@ -10,6 +10,8 @@
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
+mod bulk;
+#[allow(unsafe_code)]
 mod cells;
 mod change_id;
 mod changes;

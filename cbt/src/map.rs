@@ -114,7 +114,7 @@ impl<C: Cells> Map<C> {
     /// Copies a page's cells into `out`, as they are now.
     pub fn copy_page(&self, page: PageIndex, out: &mut [u8; PAGE_BYTES]) {
         let first = to_index(page) * CELLS_PER_PAGE;
-        crate::cells::copy(&self.cells.cells()[first..first + CELLS_PER_PAGE], out);
+        crate::bulk::copy(&self.cells.cells()[first..first + CELLS_PER_PAGE], out);
     }
 
     /// Sets every cell of a page to [`Epoch::NEVER`], for the start of a new generation.
