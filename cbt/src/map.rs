@@ -4,7 +4,7 @@
 //! Absent: the current epoch and who may freeze a page; the engine's `Tracker` owns both.
 
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use crate::units::{BlockGrid, ByteRange};
 use crate::{Cells, Epoch};
@@ -95,12 +95,12 @@ impl<C: Cells> Map<C> {
         }
     }
 
-    /// Whether [`Map::mark`] would change nothing.
+    /// Whether [`Map::mark`] would change nothing. What is loaded after this is not older than the marks.
     ///
     /// # Panics
     /// As [`Map::mark`].
     pub fn is_marked(&self, range: ByteRange, epoch: Epoch) -> bool {
-        self.cells_of(range).iter().all(|cell| cell.load(Relaxed) == epoch.get())
+        self.cells_of(range).iter().all(|cell| cell.load(Acquire) == epoch.get())
     }
 
     /// The cells of all blocks that `range` touches.

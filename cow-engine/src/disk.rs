@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use arc_swap::{ArcSwap, ArcSwapOption};
 use cbt::{BlockGrid, ByteRange, ChangeId, PAGE_BYTES, PageIndex};
 
 use crate::append::Appender;
@@ -45,6 +44,7 @@ use crate::status::Began;
 use crate::storage::{Durability, Storage, Zeroing};
 use crate::store::Store;
 use crate::tracker::{Control, History, Tracker};
+use crate::watch::Watch;
 
 /// Something that happened to a disk without anyone asking for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,8 +136,8 @@ pub struct Disk<S: Storage> {
     pub(crate) capacity: AtomicU64,
     pub(crate) gate: Gate,
     pub(crate) history: History,
-    /// The one in use covers the capacity, or more.
-    pub(crate) tracker: Option<ArcSwap<Tracker<S::Cells>>>,
+    /// Where changes are marked, if they are, and preserved into.
+    pub(crate) watch: Watch<S>,
     /// Changes are not marked, though there is a tracker; see [`crate::switch`].
     pub(crate) switched_off: AtomicBool,
     /// Where marks may not be on their medium, if changes are tracked.
@@ -159,8 +159,6 @@ pub struct Disk<S: Storage> {
     pub(crate) buffers: Buffers,
     /// Changes that wait for space in the store.
     pub(crate) holds: Holds,
-    /// The end of the chain, into which changes preserve.
-    pub(crate) newest: ArcSwapOption<Snapshot<S>>,
     /// What the disk is on its way back to.
     pub(crate) rewind: rewind::Current<S>,
     /// Who makes the store durable, and breaks what was lost.
@@ -207,7 +205,7 @@ impl<S: Storage> Disk<S> {
 
     /// The grid of tracked blocks, if changes are tracked.
     pub fn block_grid(&self) -> Option<BlockGrid> {
-        self.marking().map(|tracker| tracker.load().grid())
+        self.marking().map(|tracker| tracker.grid())
     }
 
     /// The last instant that was taken, or the beginning of the generation: what changed since
@@ -390,18 +388,18 @@ impl<S: Storage> Disk<S> {
         // Counted inside the gate before: a beat that was not seen here sees us there.
         self.control.stir();
         let epoch = self.history.epoch();
-        let tracker = self.marking().map(ArcSwap::load);
-        let newest = self.newest.load();
-        let newest = newest.as_ref().filter(|snapshot| snapshot.broken().is_none());
+        let watching = self.watch.look();
+        let tracker = watching.tracker.as_ref().filter(|_| !self.is_switched_off());
+        let newest = watching.newest.as_ref().filter(|snapshot| snapshot.broken().is_none());
         if let Some(snapshot) = newest {
-            let frozen = tracker.as_ref().is_none_or(|tracker| tracker.is_open(range, epoch));
+            let frozen = tracker.is_none_or(|tracker| tracker.is_open(range, epoch));
             let mut grains = kept_grains(snapshot, range);
             let preserved = frozen && grains.all(|grain| snapshot.has(Key::grain(grain)));
             if !preserved {
                 // Rare beside the other ways through here, and its state is large: kept out of
                 // the future that every request carries.
                 let snapshot = Arc::clone(snapshot);
-                drop(tracker);
+                drop(watching);
                 return Box::pin(self.mark_and_preserve(io, lane, snapshot, range, give_up)).await;
             }
         }
@@ -424,7 +422,7 @@ impl<S: Storage> Disk<S> {
         range: ByteRange,
         give_up: Option<GiveUp>,
     ) -> Result<(), Box<Stuck>> {
-        let Some(tracker) = self.marking().map(ArcSwap::load_full) else { return Ok(()) };
+        let Some(tracker) = self.marking() else { return Ok(()) };
         if let Some(snapshot) = snapshot
             && let Err(error) = self.freeze(io, lane, &tracker, snapshot, range).await
         {

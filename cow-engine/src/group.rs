@@ -223,7 +223,7 @@ async fn flip<S: Storage>(io: &S, prepared: &[Prepared<S>], deadline: Duration) 
     }
     for one in prepared {
         one.disk.chain.push(one.snapshot.clone());
-        one.disk.newest.store(Some(one.snapshot.clone()));
+        one.disk.watch.set_newest(Some(one.snapshot.clone()));
         one.disk.history.begin(one.next);
     }
     drop(gates);

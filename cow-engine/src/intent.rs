@@ -22,7 +22,8 @@
 //! Crash argument. A change is submitted only after its writer marked, then saw the region hot. If that
 //! look came before the region was made cold again, the mark came before it too, and so before the map
 //! was made durable: whoever clears the bit has the mark on the medium. If it came after, the bit is still
-//! set, or is set again before the change. The two looks are ordered by a fence on either side.
+//! set, or is set again before the change. The two looks are ordered by a fence on either side, the writer's in
+//! [`crate::tracker::Tracker::mark`].
 //!
 //! A bit for each region lies in a sector with a checksum of its own, written in place: sectors are old or
 //! new after a power cut, and either has every bit that anybody relied on. A sector that is neither makes all
@@ -132,7 +133,7 @@ impl Bits {
 
 /// See the module.
 ///
-/// Price: two bits of memory a region; a fence and two loads for a change in a hot region; a write and
+/// Price: two bits of memory a region; two loads for a change in a hot region; a write and
 /// a flush of the state's disk, shared by all who wait, before the first change in a cold one.
 pub(crate) struct Intent<S: Storage> {
     file: S::File,
@@ -341,10 +342,8 @@ impl<S: Storage> Intent<S> {
     /// Whether what was just marked in `range`, which is not empty, may be changed. Otherwise
     /// [`Intent::cover`] it first.
     ///
-    /// To be asked after marking.
+    /// To be asked after marking, which orders the marks before this look.
     pub(crate) fn covers(&self, range: ByteRange) -> bool {
-        // The marks before the look: see the module.
-        fence(SeqCst);
         if self.failed.load(Relaxed) {
             return true;
         }

@@ -60,6 +60,7 @@ mod switch;
 mod tracker;
 mod view;
 mod walk;
+mod watch;
 
 pub use cbt;
 

@@ -65,7 +65,7 @@ impl<S: Storage> Disk<S> {
         if range.is_empty() {
             return Ok(());
         }
-        let newest = self.newest.load_full().filter(|snapshot| snapshot.broken().is_none());
+        let newest = self.watch.newest().filter(|snapshot| snapshot.broken().is_none());
         let preserving = newest.as_ref().and_then(|snapshot| snapshot.begin_preserving());
         let snapshot = newest.as_ref().filter(|_| preserving.is_some());
         self.freeze_and_mark(io, lane, snapshot, range, None).await.map_err(|stuck| stuck.into_error())

@@ -112,8 +112,8 @@ impl<S: Storage> Disk<S> {
     /// Looks for what was marked before the disk was opened, if nobody has. To be called once at leisure, so that
     /// no question waits for it.
     pub async fn look_for_marks(&self, io: &S) {
-        if let Some(tracker) = &self.tracker {
-            self.look_for_marks_in(io, &tracker.load_full()).await;
+        if let Some(tracker) = self.watch.tracker() {
+            self.look_for_marks_in(io, &tracker).await;
         }
     }
 

@@ -91,9 +91,9 @@ impl<S: Storage> Disk<S> {
         }
         // One whose file is still there stays, so that its number is not given again.
         Snapshot::<S>::remove_file(io, &self.dir, snapshot.sequence)?;
-        let newest = self.newest.load();
+        let newest = self.watch.newest();
         if newest.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, snapshot)) {
-            self.newest.store(None);
+            self.watch.set_newest(None);
         }
         self.chain.remove(snapshot.sequence);
         snapshot.end_preserving();
@@ -269,7 +269,7 @@ impl<S: Storage> Disk<S> {
             return Ok(());
         }
         self.merge_some(io, older, snapshot).await?;
-        self.newest.store(Some(older.clone()));
+        self.watch.set_newest(Some(older.clone()));
         drop(closed);
         self.drop_snapshot(io, snapshot).await
     }

@@ -35,7 +35,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwapOption;
 use cbt::{BlockGrid, Cells, Epoch, Generation};
 
 use crate::append::Appender;
@@ -63,6 +63,7 @@ use crate::storage::Storage;
 use crate::store::{Budget, Store};
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
 use crate::walk;
+use crate::watch::Watch;
 
 /// What to open, and how.
 pub struct DiskOptions<S: Storage> {
@@ -470,10 +471,9 @@ impl<S: Storage> Disk<S> {
             capacity: AtomicU64::new(capacity),
             gate,
             history: History::new(next.generation, next.epoch),
-            tracker: tracker.map(ArcSwap::from_pointee),
+            watch: Watch::new(tracker, chain.last().cloned()),
             intent,
             control,
-            newest: ArcSwapOption::new(chain.last().cloned()),
             last_sequence: AtomicU32::new(chain.last().map_or(0, |last| last.sequence)),
             chain: Chain::new(chain),
             leaving: Mutex::default(),

@@ -79,7 +79,7 @@ impl<S: Storage> Disk<S> {
         let untracked = || Error::NotTracked { disk: self.name().to_owned() };
         // First: whatever tracker is in use later covers it.
         let capacity = self.capacity();
-        let tracker = self.marking().ok_or_else(untracked)?.load_full();
+        let tracker = self.marking().ok_or_else(untracked)?;
         self.look_for_marks_in(io, &tracker).await;
         let (grid, epoch) = (tracker.grid(), self.history.epoch());
         let blocks = grid.count(capacity);

@@ -47,7 +47,6 @@ use std::sync::Arc;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering::{Release, SeqCst};
 
-use arc_swap::ArcSwap;
 use cbt::{ByteRange, Cells, SECTOR_BYTES};
 
 use crate::disk::{Disk, with_sources};
@@ -145,9 +144,7 @@ impl<S: Storage> Disk<S> {
         self.flush(io).await?;
         if let Some(tracker) = tracker {
             self.sync_map(io, tracker.cells()).await?;
-            if let Some(place) = &self.tracker {
-                place.store(Arc::new(tracker));
-            }
+            self.watch.set_tracker(tracker);
         }
         self.write_superblock(io, |superblock| {
             superblock.capacity = size;
@@ -177,7 +174,7 @@ impl<S: Storage> Disk<S> {
         if image_len < size {
             io.set_len(&self.image, size).map_err(Error::io("making the image longer"))?;
         }
-        let Some(tracker) = self.tracker.as_ref().map(ArcSwap::load_full) else { return Ok(None) };
+        let Some(tracker) = self.watch.tracker() else { return Ok(None) };
         let fail = || Error::io("making the change map longer");
         // Never less than was mapped before: a map that was longer, for a disk that was larger, may be in use.
         let mapped = tracker.cells().cells().len();
@@ -224,8 +221,8 @@ impl<S: Storage> Disk<S> {
 
     /// The mapping of the whole map file.
     pub(crate) fn map_cells(&self) -> Arc<S::Cells> {
-        match &self.tracker {
-            Some(tracker) => tracker.load().cells().clone(),
+        match self.watch.tracker() {
+            Some(tracker) => tracker.cells().clone(),
             None => self.control.cells().clone(),
         }
     }

@@ -30,10 +30,10 @@
 //! Price: for switching on, guests' changes wait for a flush of the image.
 //! Absent: whether a disk has a map at all: the daemon's options say that.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ChangeId};
 
 use crate::disk::Disk;
@@ -75,7 +75,7 @@ impl<S: Storage> Disk<S> {
 
     fn check_switchable(&self, off: bool) -> Result<(), Error> {
         self.check_unwound()?;
-        if self.tracker.is_none() {
+        if self.watch.tracker().is_none() {
             return Err(Error::NotTracked { disk: self.name.clone() });
         }
         if self.is_switched_off() == off {
@@ -92,11 +92,11 @@ impl<S: Storage> Disk<S> {
 
     /// The grid of the disk's blocks, which are tracked unless that is switched off.
     pub fn tracker_grid(&self) -> Option<BlockGrid> {
-        self.tracker.as_ref().map(|tracker| tracker.load().grid())
+        self.watch.tracker().map(|tracker| tracker.grid())
     }
 
     /// The tracker, if changes are marked now.
-    pub(crate) fn marking(&self) -> Option<&ArcSwap<Tracker<S::Cells>>> {
-        self.tracker.as_ref().filter(|_| !self.is_switched_off())
+    pub(crate) fn marking(&self) -> Option<Arc<Tracker<S::Cells>>> {
+        self.watch.tracker().filter(|_| !self.is_switched_off())
     }
 }

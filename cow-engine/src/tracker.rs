@@ -7,8 +7,8 @@
 //! Absent: where frozen pages go ([`crate::snapshot`]) and who freezes them ([`crate::disk`]).
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU32, fence};
 
 use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ByteRange, CELLS_PER_PAGE, Cells, Epoch, Generation, Map, PAGE_BYTES, PageIndex};
@@ -266,13 +266,22 @@ impl<C: Cells> Tracker<C> {
         &self.opened[usize::try_from(page).unwrap_or(usize::MAX)]
     }
 
+    /// Marks the blocks of `range`. When this returns, everybody sees the marks before what the caller looks at next.
+    ///
+    /// A look that came before the marks were seen could find a region hot after whoever makes it cold has made the
+    /// map durable without them: see [`crate::intent`]. A mark of our own is behind a fence. One that was found stands
+    /// without: most processors show a store to all others at once, so what was loaded everybody sees, and what this
+    /// thread stored itself lies behind the fence of that time.
     pub(crate) fn mark(&self, range: ByteRange, epoch: Epoch) {
         // What is marked already was noted by whoever did it, or was there before the map was mapped.
         if !self.map.is_marked(range, epoch) {
             // First: who finds the mark finds its page.
             self.marked.note(self.pages_of(range));
             self.map.mark(range, epoch);
+        } else if SHOWN_AT_ONCE {
+            return;
         }
+        fence(SeqCst);
     }
 
     /// The pages that may hold marks.
@@ -288,6 +297,10 @@ impl<C: Cells> Tracker<C> {
         self.map.clear_page(page);
     }
 }
+
+/// Whether a store that one processor has seen all see ("multi-copy atomicity").
+const SHOWN_AT_ONCE: bool =
+    cfg!(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"));
 
 /// Generation and epoch of a disk.
 pub(crate) struct History {

@@ -12,7 +12,6 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::fence;
 use std::sync::{Arc, PoisonError};
 
-use arc_swap::ArcSwap;
 use cbt::{BlockGrid, ByteRange, Changes, Epoch, PAGE_BYTES};
 
 use crate::chain::{self, Place};
@@ -328,7 +327,7 @@ impl<S: Storage> View<S> {
     pub(crate) fn tracked(&self) -> Result<Arc<Tracker<S::Cells>>, Error> {
         self.check_history()?;
         let untracked = || Error::NotTracked { disk: self.disk.name.clone() };
-        self.disk.tracker.as_ref().map(ArcSwap::load_full).ok_or_else(untracked)
+        self.disk.watch.tracker().ok_or_else(untracked)
     }
 
     /// Whether the map is still that of the snapshot's generation.

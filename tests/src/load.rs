@@ -4,7 +4,9 @@
 //! Always: a stall ends the run with an error, not a hang. Absent: checking of what is read; the
 //! suites do that with [`crate::vhost_client`].
 
-use std::path::PathBuf;
+mod turns;
+
+use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use crate::histogram::Histogram;
 use crate::random::Random;
 use crate::raw::{Buffers, Completions, process_cpu_ns};
+
+pub use turns::{Pair, Turns, in_turns};
 
 /// No request takes longer than this on a machine that works at all.
 const STALL: Duration = Duration::from_secs(30);
@@ -169,34 +173,8 @@ pub struct Outcome {
 /// # Errors
 /// If the disk cannot be reached, the load does not fit it, or a request stalls. Failed requests
 /// are counted in [`Outcome::errors`].
-pub fn run(load: &Load) -> Result<Outcome> {
-    ensure!(load.block_size > 0 && load.block_size.is_multiple_of(512), "block size: 512 bytes");
-    ensure!(load.depth > 0 && load.queues > 0, "nothing in flight is no load");
-    ensure!(load.stride == 0 || load.stride >= load.block_size as u64, "blocks would overlap");
-    ensure!(load.stride.is_multiple_of(512), "stride: 512 bytes");
-    if let Some(cpu) = load.cpu {
-        crate::server::pin_this_thread(&[cpu])?;
-    }
-    let (mut blkio, queues) = connect(load)?;
-    let capacity = blkio.get_u64("capacity").context("capacity")?;
-    let length = if load.length == 0 { capacity.saturating_sub(load.offset) } else { load.length };
-    ensure!(load.offset + length <= capacity, "the region passes the end of the disk");
-    let blocks = length / load.stride();
-    ensure!(blocks >= load.queues as u64, "the region is too small");
-
-    let mut workers = Vec::new();
-    for (index, queue) in queues.into_iter().enumerate() {
-        let seed = load.seed.wrapping_mul(0x1_0001).wrapping_add(index as u64);
-        workers.push(Worker {
-            buffers: Buffers::new(&mut blkio, load.block_size, load.depth, seed)
-                .context("map the buffers")?,
-            places: Places::new(load, blocks, index as u64, seed),
-            histogram: Histogram::default(),
-            errors: 0,
-            queue,
-            load,
-        });
-    }
+pub fn run<'a>(load: &'a Load) -> Result<Outcome> {
+    let (blkio, workers) = prepare(load, &load.socket)?;
     let cpu = |pid: Option<u32>| pid.map(process_cpu_ns).transpose().context("server's CPU time");
     let sleep_until = |when: Instant| std::thread::sleep(when - Instant::now().min(when));
 
@@ -208,9 +186,15 @@ pub fn run(load: &Load) -> Result<Outcome> {
     let ready = Barrier::new(workers.len());
     let mut before = cpu(load.server_pid)?;
     let mut after = before;
-    let finished = std::thread::scope(|scope| -> Result<Vec<Worker<'_>>> {
-        let threads: Vec<_> =
-            workers.into_iter().map(|worker| scope.spawn(|| worker.run(&ready, window))).collect();
+    let finished = std::thread::scope(|scope| -> Result<Vec<Worker<'a>>> {
+        let ready = &ready;
+        let run = |mut worker: Worker<'a>| {
+            move || {
+                ready.wait();
+                worker.run(window).map(|()| worker)
+            }
+        };
+        let threads: Vec<_> = workers.into_iter().map(|worker| scope.spawn(run(worker))).collect();
         if let (Some((from, to)), Some(_)) = (window, load.server_pid) {
             sleep_until(from);
             before = cpu(load.server_pid)?;
@@ -247,12 +231,44 @@ pub fn run(load: &Load) -> Result<Outcome> {
     })
 }
 
-fn connect(load: &Load) -> Result<(Blkio, Vec<Blkioq>)> {
+/// Connects to a disk, with a worker for each of the queues.
+fn prepare<'a>(load: &'a Load, socket: &Path) -> Result<(Blkio, Vec<Worker<'a>>)> {
+    ensure!(load.block_size > 0 && load.block_size.is_multiple_of(512), "block size: 512 bytes");
+    ensure!(load.depth > 0 && load.queues > 0, "nothing in flight is no load");
+    ensure!(load.stride == 0 || load.stride >= load.block_size as u64, "blocks would overlap");
+    ensure!(load.stride.is_multiple_of(512), "stride: 512 bytes");
+    if let Some(cpu) = load.cpu {
+        crate::server::pin_this_thread(&[cpu])?;
+    }
+    let (mut blkio, queues) = connect(load, socket)?;
+    let capacity = blkio.get_u64("capacity").context("capacity")?;
+    let length = if load.length == 0 { capacity.saturating_sub(load.offset) } else { load.length };
+    ensure!(load.offset + length <= capacity, "the region passes the end of the disk");
+    let blocks = length / load.stride();
+    ensure!(blocks >= load.queues as u64, "the region is too small");
+
+    let mut workers = Vec::new();
+    for (index, queue) in queues.into_iter().enumerate() {
+        let seed = load.seed.wrapping_mul(0x1_0001).wrapping_add(index as u64);
+        workers.push(Worker {
+            buffers: Buffers::new(&mut blkio, load.block_size, load.depth, seed)
+                .context("map the buffers")?,
+            places: Places::new(load, blocks, index as u64, seed),
+            histogram: Histogram::default(),
+            errors: 0,
+            queue,
+            load,
+        });
+    }
+    Ok((blkio, workers))
+}
+
+fn connect(load: &Load, socket: &Path) -> Result<(Blkio, Vec<Blkioq>)> {
     let count = i32::try_from(load.queues)?;
     let (eventfd, polled) = if load.poll { (0, count) } else { (count, 0) };
     // Without indirect descriptors a request takes three of them.
     let queue_size = i32::try_from((load.depth * 3).next_power_of_two().max(256))?;
-    let path = load.socket.to_str().context("socket path is no text")?;
+    let path = socket.to_str().context("socket path is no text")?;
     let mut blkio = Blkio::new("virtio-blk-vhost-user")?;
     blkio.set_str("path", path)?;
     blkio.connect().with_context(|| format!("connect to {path}"))?;
@@ -274,14 +290,14 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    fn run(mut self, ready: &Barrier, window: Option<(Instant, Instant)>) -> Result<Self> {
+    /// Sends the load until the window, the requests or the pattern end, and waits for what is in flight.
+    fn run(&mut self, window: Option<(Instant, Instant)>) -> Result<()> {
         let depth = self.load.depth;
         let mut random = Random::new(self.places.seed ^ 0xfeed);
         let mut submitted = vec![Instant::now(); depth];
         let mut completions = Completions::new(depth);
         let mut left = self.load.requests.unwrap_or(u64::MAX);
         let mut flying = 0_usize;
-        ready.wait();
         let mut now = Instant::now();
         for (slot, when) in submitted.iter_mut().enumerate() {
             if left > 0 && self.enqueue(slot, &mut random) {
@@ -315,7 +331,7 @@ impl Worker<'_> {
                 }
             }
         }
-        Ok(self)
+        Ok(())
     }
 
     /// Queues one more request in `slot`; false if the pattern has ended.

@@ -8,7 +8,6 @@ use std::collections::BinaryHeap;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use cbt::{BlockGrid, CELLS_PER_PAGE, ChangeId, Epoch, PAGE_BYTES};
 
 use super::file::{Encoder, Head, Kind, Run, Writer};
@@ -203,7 +202,7 @@ impl<S: Storage> Disk<S> {
     ) -> Result<Moved, Error> {
         self.check_unwound()?;
         let untracked = || Error::NotTracked { disk: self.name.clone() };
-        let tracker = self.marking().map(ArcSwap::load_full).ok_or_else(untracked)?;
+        let tracker = self.marking().ok_or_else(untracked)?;
         if let Some(size) = self.growing_to() {
             return Err(Error::ResizeUnfinished { disk: self.name.clone(), size });
         }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
-use ebbtide_tests::load::Outcome;
+use ebbtide_tests::load::{Outcome, Pair};
 use ebbtide_tests::raw::ended_children_cpu_ns;
 use ebbtide_tests::server::{self, output_of};
+use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
 use crate::launch::{Setup, text};
@@ -115,6 +116,11 @@ impl Bench {
         self.run("vda.sock")
     }
 
+    /// That of the disk beside the first one, if there is one.
+    pub(crate) fn second_socket(&self) -> PathBuf {
+        self.run("vdb.sock")
+    }
+
     pub(crate) fn control(&self) -> PathBuf {
         self.run("control.sock")
     }
@@ -161,20 +167,39 @@ impl Bench {
 
     /// Runs the load client on its CPU against the server that was started last, whose process is `pid`.
     pub(crate) fn load(&self, pid: u32, arguments: impl FnOnce(&mut Command)) -> Result<Outcome> {
-        let said = || std::fs::read_to_string(self.run("server.log")).unwrap_or_default();
+        let outcome: Outcome = self.client("load", pid, arguments)?;
+        ensure!(outcome.errors == 0, "{} requests failed", outcome.errors);
+        ensure!(outcome.requests > 0, "no request was completed");
+        Ok(outcome)
+    }
+
+    /// Runs the load client in turns on the disks of [`Bench::start_both`]. A pair is of the tracked disk and of the other.
+    pub(crate) fn turns(&self, pid: u32, arguments: impl FnOnce(&mut Command)) -> Result<Vec<Pair>> {
+        self.client("turns", pid, |command| {
+            command.arg("--beside").arg(self.second_socket());
+            arguments(command);
+        })
+    }
+
+    fn client<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        pid: u32,
+        arguments: impl FnOnce(&mut Command),
+    ) -> Result<T> {
         let mut command = Command::new(&self.myself);
-        command.arg("load").arg("--socket").arg(self.socket());
+        command.arg(what).arg("--socket").arg(self.socket());
         command.args(["--server-pid", &pid.to_string()]);
         if self.options.poll {
             command.arg("--poll");
         }
         arguments(&mut command);
-        let printed = output_of(command, &[CLIENT_CPU], limit(self.options.seconds()))
-            .with_context(|| format!("server said: {}", said().trim()))?;
-        let outcome: Outcome = serde_json::from_str(printed.trim())?;
-        ensure!(outcome.errors == 0, "{} requests failed: {}", outcome.errors, said());
-        ensure!(outcome.requests > 0, "no request was completed");
-        Ok(outcome)
+        let printed =
+            output_of(command, &[CLIENT_CPU], limit(self.options.seconds())).with_context(|| {
+                let said = std::fs::read_to_string(self.run("server.log")).unwrap_or_default();
+                format!("server said: {}", said.trim())
+            })?;
+        Ok(serde_json::from_str(printed.trim())?)
     }
 
     /// Measures what is possible on the file itself.

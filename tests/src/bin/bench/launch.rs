@@ -97,18 +97,51 @@ impl Bench {
     }
 
     fn ebbtide(&self, setup: Setup<'_>) -> Result<Command> {
+        let off = if setup.contender == Contender::Untracked { TRACKING_OFF } else { "" };
+        let keys = format!("{off}{}", setup.keys);
+        self.ebbtide_with(&[disk("vda", setup.image, &self.socket(), &keys)?])
+    }
+
+    fn ebbtide_with(&self, disks: &[String]) -> Result<Command> {
         let mut command = Command::new(self.ebbtide.as_ref().context("no ebbtide")?);
-        let (image, socket) = (text(setup.image)?, self.socket());
-        let tracking = if setup.contender == Contender::Untracked { ",tracking=off" } else { "" };
-        command
-            .args(["serve", "--disk"])
-            .arg(format!("name=vda,path={image},socket={},queues=1{tracking}{}", text(&socket)?, setup.keys))
-            .arg("--control")
-            .arg(self.control())
-            .arg("--nbd")
-            .arg(self.nbd());
+        command.arg("serve");
+        for disk in disks {
+            command.args(["--disk", disk]);
+        }
+        command.arg("--control").arg(self.control()).arg("--nbd").arg(self.nbd());
         Ok(command)
     }
+
+    /// Starts Ebbtide with two disks: a tracked one and, at [`Bench::second_socket`], one without tracking, which the
+    /// process has first if that is said.
+    pub(crate) fn start_both(
+        &self,
+        tracked: &Path,
+        untracked: &Path,
+        untracked_first: bool,
+    ) -> Result<Server> {
+        let (socket, second) = (self.socket(), self.second_socket());
+        let (control, nbd) = (self.control(), self.nbd());
+        let sockets = [socket.as_path(), &second, &control, &nbd];
+        for path in sockets {
+            absent(std::fs::remove_file(path))?;
+        }
+        for image in [tracked, untracked] {
+            absent(std::fs::remove_dir_all(state_of(image)))?;
+        }
+        let on = disk("vda", tracked, &socket, "")?;
+        let off = disk("vdb", untracked, &second, TRACKING_OFF)?;
+        let command = self.ebbtide_with(&if untracked_first { [off, on] } else { [on, off] })?;
+        Server::start(command, &self.run("server.log"), &[SERVER_CPU], &sockets)
+    }
+}
+
+/// What a disk without tracking is given.
+const TRACKING_OFF: &str = ",tracking=off";
+
+/// A disk of Ebbtide, with further keys, each with a comma before it.
+fn disk(name: &str, image: &Path, socket: &Path, keys: &str) -> Result<String> {
+    Ok(format!("name={name},path={},socket={},queues=1{keys}", text(image)?, text(socket)?))
 }
 
 /// `path` as part of a server's options.

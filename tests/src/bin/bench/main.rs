@@ -24,7 +24,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
 use ebbtide_tests::baseline::{self, Baseline};
-use ebbtide_tests::load::{self, Load, Outcome};
+use ebbtide_tests::load::{self, Load, Outcome, Turns};
 
 use contender::{Bench, CLIENT_CPU, Contender};
 use findings::Findings;
@@ -46,6 +46,8 @@ struct Cli {
 enum Child {
     #[command(hide = true)]
     Load(Load),
+    #[command(hide = true)]
+    Turns(Turns),
     #[command(hide = true)]
     Baseline(Baseline),
 }
@@ -159,6 +161,10 @@ fn main() -> Result<()> {
     match cli.command {
         Some(Child::Load(load)) => {
             println!("{}", serde_json::to_string(&load::run(&load)?)?);
+            Ok(())
+        }
+        Some(Child::Turns(turns)) => {
+            println!("{}", serde_json::to_string(&load::in_turns(&turns)?)?);
             Ok(())
         }
         Some(Child::Baseline(options)) => baseline::serve(&options),

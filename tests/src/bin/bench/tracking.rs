@@ -1,23 +1,26 @@
-//! What change tracking costs: two daemons, with it and without, one right after the other, many
-//! times.
+//! What change tracking costs: two disks of one daemon, with it and without, in turns of some ten milliseconds.
 //!
-//! Two servers of the same program differ by several percent from start to start (where the kernel
-//! puts their pages), and the machine drifts more than that within a minute. So the cost is the
-//! median of the ratios of many short pairs, with the middle half of them beside it; a ratio of two
-//! medians of long runs is chance.
+//! The machine drifts by several percent within a second, so a turn is short and compared with its neighbour; two servers
+//! differ as much from start to start (where the kernel puts their pages), so there are several starts, and what belongs to
+//! a disk and not to its tracking changes sides: its file, and its place in the daemon. The cost is the median of all
+//! pairs, with the middle half beside it; a ratio of two medians of long runs is chance.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use anyhow::Result;
 
-use crate::contender::{Bench, Contender};
-use crate::{Options, Row};
+use crate::contender::Bench;
+use crate::{Options, Row, write_image};
 
-/// Pairs for each of the main table's rounds.
-const PAIRS_PER_ROUND: usize = 20;
+/// Starts of the daemon for each of the main table's rounds: each image tracked and not, each disk first and second.
+const STARTS_PER_ROUND: usize = 4;
 
-/// Seconds of one measurement.
-const SECONDS: f64 = 0.4;
+/// Pairs of one start.
+const PAIRS: usize = 100;
+
+/// Bytes that a turn writes, in requests of the row's size: some ten milliseconds of them.
+const TURN_BYTES: usize = 16 << 20;
 
 /// The share of something that tracking costs, of all pairs, ascending.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -28,29 +31,41 @@ pub(crate) struct Costs {
 
 /// Measures one row.
 pub(crate) fn measure(bench: &Bench, options: &Options, row: &Row) -> Result<Costs> {
+    let (image, beside) = (bench.image(row.medium), bench.dir(row.medium).join("beside.raw"));
+    write_image(&beside, options.size_bytes())?;
     let mut costs = Costs::default();
-    for pair in 0..options.rounds() * PAIRS_PER_ROUND {
-        eprintln!("pair {}: {}", pair + 1, row.name);
-        let mut both = [Contender::Ebbtide, Contender::Untracked];
-        if pair % 2 == 1 {
-            both.reverse();
-        }
-        let mut outcomes = Vec::new();
-        for contender in both {
-            outcomes.push(bench.measure(row, contender, SECONDS)?);
-        }
-        if pair % 2 == 1 {
-            outcomes.reverse();
-        }
-        let [on, off] = &outcomes[..] else { unreachable!("a pair") };
-        costs.iops.push(1.0 - on.iops / off.iops);
-        if let (Some(on), Some(off)) = (on.server_cpu_us, off.server_cpu_us) {
-            costs.cpu.push(on / off - 1.0);
-        }
+    for start in 0..options.rounds() * STARTS_PER_ROUND {
+        eprintln!("start {}: {}", start + 1, row.name);
+        let images = if start % 2 == 0 { [&image, &beside] } else { [&beside, &image] };
+        one_start(bench, row, images.map(|image| image.as_path()), start / 2 % 2 == 1, &mut costs)?;
     }
+    std::fs::remove_file(&beside)?;
     costs.iops.sort_by(f64::total_cmp);
     costs.cpu.sort_by(f64::total_cmp);
     Ok(costs)
+}
+
+fn one_start(
+    bench: &Bench,
+    row: &Row,
+    [tracked, untracked]: [&Path; 2],
+    untracked_first: bool,
+    costs: &mut Costs,
+) -> Result<()> {
+    let server = bench.start_both(tracked, untracked, untracked_first)?;
+    let pairs = bench.turns(server.pid(), |load| {
+        load.args(["--mix", row.mix, "--block-size", &row.block_size.to_string()]);
+        load.args(["--depth", &row.depth.to_string(), "--turns", &PAIRS.to_string()]);
+        load.args(["--requests", &(TURN_BYTES / row.block_size).to_string()]);
+    })?;
+    server.stop()?;
+    for pair in pairs {
+        let ([on, off], [on_cpu, off_cpu]) = (pair.seconds, pair.cpu_us);
+        // As many requests took longer.
+        costs.iops.push(1.0 - off / on);
+        costs.cpu.push(on_cpu / off_cpu - 1.0);
+    }
+    Ok(())
 }
 
 /// The table of all rows.
