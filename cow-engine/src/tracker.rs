@@ -335,3 +335,62 @@ impl History {
         self.epoch.store(epoch.get(), SeqCst);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
+
+    use super::*;
+
+    const ROUNDS: usize = 200_000;
+    const BLOCK: u64 = 4096;
+
+    /// Lets two threads go on at the same time, as far as there are processors.
+    fn meet(mine: &AtomicUsize, other: &AtomicUsize, round: usize) {
+        mine.store(round, Release);
+        for spins in 1_u32.. {
+            if other.load(Acquire) >= round {
+                return;
+            }
+            if spins.is_multiple_of(1000) {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// The two looks of [`crate::intent`], each round at a block and a region of its own.
+    #[test]
+    fn a_mark_is_seen_before_the_next_look() {
+        let grid = BlockGrid::new(BLOCK).expect("a grid");
+        let capacity = ROUNDS as u64 * BLOCK;
+        let count = Tracker::<Box<[AtomicU32]>>::cells_needed(grid, capacity);
+        let cells: Box<[AtomicU32]> = (0..count).map(|_| AtomicU32::new(0)).collect();
+        let tracker = Tracker::new(Arc::new(cells), grid, capacity);
+        let hot: Vec<_> = (0..ROUNDS).map(|_| AtomicBool::new(true)).collect();
+        let (at_marker, at_cooler) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let block = |round: usize| ByteRange::new(round as u64 * BLOCK, (round as u64 + 1) * BLOCK);
+        let (found_hot, found_marked) = std::thread::scope(|scope| {
+            let marker = scope.spawn(|| {
+                let round = |round: usize| {
+                    meet(&at_marker, &at_cooler, round + 1);
+                    tracker.mark(block(round), Epoch::FIRST);
+                    hot[round].load(Acquire)
+                };
+                (0..ROUNDS).map(round).collect::<Vec<_>>()
+            });
+            let cooler = scope.spawn(|| {
+                let round = |round: usize| {
+                    meet(&at_cooler, &at_marker, round + 1);
+                    hot[round].store(false, Release);
+                    fence(SeqCst);
+                    tracker.map.is_marked(block(round), Epoch::FIRST)
+                };
+                (0..ROUNDS).map(round).collect::<Vec<_>>()
+            });
+            (marker.join().expect("the marker"), cooler.join().expect("the cooler"))
+        });
+        for (round, (hot, marked)) in found_hot.into_iter().zip(found_marked).enumerate() {
+            assert!(marked || !hot, "round {round}: neither saw the other");
+        }
+    }
+}
