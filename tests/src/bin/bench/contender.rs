@@ -49,8 +49,12 @@ impl Contender {
     }
 }
 
-/// A mix of reads and writes in equal parts, for fio only.
-pub(crate) const PAIRS: &str = "rw";
+/// What copying before each write asks of a disk, for fio only: a read and a write of the image in equal parts, and as
+/// many bytes in order to another file.
+pub(crate) const COPIES: &str = "rw";
+
+/// Bytes of one of those appends at least.
+const APPEND_BYTES: usize = 128 << 10;
 
 /// What all measurements share: the files and the programs.
 #[derive(Debug)]
@@ -215,16 +219,22 @@ impl Bench {
             .arg(format!("--bs={}", row.block_size))
             .arg(format!("--iodepth={}", row.depth))
             .arg(format!("--runtime={}ms", Duration::from_secs_f64(seconds).as_millis()));
+        let mut cpus = vec![SERVER_CPU];
+        if row.mix == COPIES {
+            self.append_beside(&mut command, row, seconds)?;
+            // Two processes, which wait for each other: what is asked for is the disk's limit.
+            cpus.push(CLIENT_CPU);
+        }
         // fio's own figure leaves out io_uring's workers, which do most of the work in memory.
         let cpu_before = ended_children_cpu_ns();
-        let printed = output_of(command, &[SERVER_CPU], limit(seconds))?;
+        let printed = output_of(command, &cpus, limit(seconds))?;
         let cpu_ns = ended_children_cpu_ns() - cpu_before;
         // Notes may come before the object.
         let begin = printed.find('{').context("fio printed no JSON")?;
         let json: serde_json::Value = serde_json::from_str(&printed[begin..])?;
         let job = &json["jobs"][0];
-        // Of reads and writes in equal parts, one of each counts as one.
-        let part = &job[if row.mix == PAIRS { "read" } else { row.mix }];
+        // A read and a write count as one.
+        let part = &job[if row.mix == COPIES { "read" } else { row.mix }];
         let number = |value: &serde_json::Value| value.as_f64().unwrap_or_default();
         let percentile = |which: &str| number(&part["clat_ns"]["percentile"][which]) / 1000.0;
         let iops = number(&part["iops"]);
@@ -241,5 +251,24 @@ impl Bench {
             server_cpu_us: Some(cpu_ns as f64 / 1000.0 / requests as f64),
             errors: job["total_err"].as_u64().unwrap_or_default(),
         })
+    }
+
+    /// A second job of fio's, as fast as the first one reads: in order, in large pieces, to a file that was written before.
+    fn append_beside(&self, command: &mut Command, row: &Row, seconds: f64) -> Result<()> {
+        let file = self.dir(row.medium).join("append.raw");
+        if !file.exists() {
+            write_image(&file, self.options.size_bytes())?;
+        }
+        let bytes = row.block_size.max(APPEND_BYTES);
+        // Weights of I/Os: of the first job's every other one is a read.
+        command.args(["--flow_id=1", &format!("--flow={}", 2 * bytes / row.block_size)]);
+        command
+            .args(["--name=append", "--ioengine=io_uring", "--time_based", "--rw=write", "--iodepth=1"])
+            .args(["--flow_id=1", "--flow=1"])
+            .arg(format!("--filename={}", text(&file)?))
+            .arg(format!("--direct={}", u8::from(row.medium == Medium::Disk)))
+            .arg(format!("--bs={bytes}"))
+            .arg(format!("--runtime={}ms", Duration::from_secs_f64(seconds).as_millis()));
+        Ok(())
     }
 }
