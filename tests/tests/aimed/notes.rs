@@ -1,8 +1,10 @@
 //! The kernel could not write the map's control page, and the process that kept it in memory is gone.
 
+use std::io::ErrorKind;
+
 use cow_engine::group::Admin;
 use cow_engine::memory::Target;
-use cow_engine::sim::{FileKind, OpKind};
+use cow_engine::sim::{FileKind, OpKind, Rule};
 use cow_engine::{Disk, Error};
 
 use crate::rig::{BLOCK, PATIENCE, Rig, SEEDS, SimDisk, is_whole};
@@ -144,4 +146,47 @@ fn a_map_that_is_replaced_forgets_no_failed_flush() {
         assert!(matches!(closed, Err(Error::Poisoned)), "seed {seed}: {closed:?}, {report:?}");
     }
     assert!(cut_off > 50, "{cut_off} cut off");
+}
+
+/// A start with another block size finds no room for the new map. The next one has the old size again, or the new one and
+/// room: what was changed is told, or a new generation is.
+#[test]
+fn a_map_that_finds_no_room_hides_no_change() {
+    let (mut refused, mut ended) = (0, 0);
+    for seed in 0..SEEDS {
+        let mut rig = Rig::of_blocks(seed, 2048);
+        let (disk, _) = rig.open();
+        let since = rig.snapshot(&disk, "a");
+        rig.write(&disk, 1, 1);
+        rig.kill(disk);
+        let before = rig.tracked;
+        rig.tracked = 16 * BLOCK;
+        let rule = Rule {
+            op: OpKind::Allocate,
+            file: FileKind::State,
+            one_in: 1 + seed % 3,
+            error: ErrorKind::StorageFull,
+        };
+        rig.sim.set_faults(vec![rule]);
+        let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
+        let opened = rig.run(async move { Disk::open(&io, options).await.map(drop) });
+        refused += usize::from(opened.is_err());
+        rig.fail_no_more();
+        if seed % 2 == 0 {
+            rig.sim.kill();
+        } else {
+            rig.sim.power_cut();
+        }
+        if seed % 5 < 3 {
+            rig.tracked = before;
+        }
+        let (disk, report) = rig.open();
+        let id = rig.snapshot(&disk, "b");
+        if disk.resolve(since, id).is_ok() {
+            assert!(rig.changes(&disk, "b", since).contains(&1), "seed {seed}: {report:?}");
+        } else {
+            ended += 1;
+        }
+    }
+    assert!(refused > 50 && ended > 50, "{refused} refused, {ended} ended");
 }
