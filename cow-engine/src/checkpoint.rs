@@ -141,8 +141,8 @@ impl Checkpoint {
 /// # Errors
 /// [`Error::BadName`], [`Error::CheckpointExists`]; [`Error::SnapshotExists`] if another instant has that name;
 /// [`Error::NoSuchSnapshot`], [`Error::SnapshotBroken`]; [`Error::NotTracked`] if changes of the disk are not tracked,
-/// [`Error::OtherGeneration`] if the snapshot is of an earlier one; those of the files. After an error
-/// there is none of them.
+/// [`Error::OtherGeneration`] if the snapshot is of an earlier one; [`Error::CheckpointNumbersExhausted`]; those of
+/// the files. After an error there is none of them.
 pub async fn create<S: Storage>(
     _admin: &mut Admin,
     io: &S,
@@ -159,6 +159,8 @@ pub async fn create<S: Storage>(
         for view in &views {
             let disk = view.disk();
             let number = disk.checkpoints.next_number();
+            let number =
+                number.ok_or_else(|| Error::CheckpointNumbersExhausted { disk: disk.name.clone() })?;
             let head = prepare(io, view, name, group, number).await?;
             let bytes = head.file_len();
             made.push(Arc::new(Checkpoint::new(number, head, bytes)));

@@ -165,6 +165,14 @@ pub enum Error {
         /// The disk.
         disk: String,
     },
+    /// The numbers of checkpoints' files have run out.
+    #[error(
+        "disk '{disk}' has had a checkpoint file of the last number there is: delete the checkpoint made last and restart the daemon"
+    )]
+    CheckpointNumbersExhausted {
+        /// The disk.
+        disk: String,
+    },
     /// Changes were asked for where none are tracked.
     #[error("disk '{disk}' does not track changes")]
     NotTracked {
@@ -497,6 +505,7 @@ impl Error {
             Self::LogTooLong { .. } => "log-too-long",
             Self::TooManySnapshots { .. } => "too-many-snapshots",
             Self::EpochsExhausted { .. } => "epochs-exhausted",
+            Self::CheckpointNumbersExhausted { .. } => "checkpoint-numbers-exhausted",
             Self::NotTracked { .. } => "not-tracked",
             Self::MarksLost { .. } => "marks-lost",
             Self::TrackingAlready { .. } => "tracking-already",

@@ -354,5 +354,44 @@ fn a_picture_tells_ages_and_the_busiest_regions() -> Result<()> {
     ])?;
     ensure!(text.contains("before tuesday") && text.contains("Busiest regions"), "{text}");
     ensure!(std::fs::read(&png)?.starts_with(b"\x89PNG"), "a PNG");
+    scene
+        .daemon
+        .ask(&["changes", "vda", "--png", png.to_str().context("a text")?])
+        .context("a PNG is replaced")?;
+    // Anything else is not: what a slip of the tongue costs must not be a disk.
+    let image = scene.daemon.image("vda");
+    let before = std::fs::read(&image)?;
+    let slip = scene.daemon.ask(&["changes", "vda", "--png", image.to_str().context("a text")?]);
+    refused(slip, "there already")?;
+    ensure!(std::fs::read(&image)? == before, "the image is as it was");
+    // The map is that of now, and of no past instant.
+    for picture in ["--map", "--top", "--png=x.png"] {
+        let past = scene.daemon.ask(&["changes", "vda", picture, "--until", "monday"]);
+        refused(past, "cannot be used with")?;
+    }
+    Ok(())
+}
+
+/// A list that is cut off would be taken for all that changed.
+#[test]
+fn an_answer_that_cannot_be_printed_is_no_success() -> Result<()> {
+    let mut scene = Scene::start(&[disk()])?;
+    scene.freeze("monday", &["vda"])?;
+    scene.guest("vda", 1)?.write(0, &bytes(1, BLOCK_LEN))?;
+    scene.freeze("tuesday", &["vda"])?;
+    let control = scene.daemon.control();
+    let control = control.to_str().context("a text")?;
+    let list = ["changes", "vda", "--since", "monday", "--snapshot", "tuesday", "--control", control];
+    for command in [&list[..], &["disks", "--json", "--control", control], &["--print-capabilities"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full")?;
+        let ended = Command::new(ebbtide()?).args(command).stdout(full).output()?;
+        let said = String::from_utf8_lossy(&ended.stderr);
+        ensure!(ended.status.code() == Some(1) && said.contains("cannot write"), "{command:?}: {said}");
+        // A reader who goes away has enough.
+        let (reader, closed) = std::io::pipe()?;
+        drop(reader);
+        let ended = Command::new(ebbtide()?).args(command).stdout(closed).output()?;
+        ensure!(ended.status.success() && ended.stderr.is_empty(), "{command:?}: {ended:?}");
+    }
     Ok(())
 }

@@ -111,9 +111,11 @@ impl Checkpoints {
         }
     }
 
-    pub(super) fn next_number(&self) -> u32 {
+    /// The number of the next one; `None` if a file has the last number there is.
+    pub(super) fn next_number(&self) -> Option<u32> {
         // None is given twice while the process lives.
-        self.last_number.fetch_add(1, SeqCst).saturating_add(1)
+        let last = self.last_number.fetch_update(SeqCst, SeqCst, |last| last.checked_add(1)).ok()?;
+        last.checked_add(1)
     }
 
     pub(super) fn add(&self, one: Arc<Checkpoint>) {

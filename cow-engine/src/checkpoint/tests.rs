@@ -297,6 +297,39 @@ fn damage_is_noticed_and_costs_no_more_than_it_must() {
     }
 }
 
+/// Whoever copies or renames files: no number is given twice, or the file of a checkpoint that was answered is replaced.
+#[test]
+fn a_file_of_the_last_number_costs_no_checkpoint() {
+    let rig = Rig::new(CAPACITY);
+    let disk = rig.open();
+    rig.snapshot(&disk, "s");
+    rig.create(&disk, "one", "s").unwrap();
+    rig.create(&disk, "two", "s").unwrap();
+    rig.close(&disk);
+    drop(disk);
+    std::fs::write(rig.state().join(file_of(u32::MAX - 1)), [7; PAGE]).unwrap();
+    let disk = rig.open();
+    rig.create(&disk, "last", "s").unwrap();
+    for _ in 0..2 {
+        let error = rig.create(&disk, "more", "s").unwrap_err();
+        assert_eq!(error.code(), "checkpoint-numbers-exhausted", "{error}");
+    }
+    let names =
+        |disk: &HostDisk| -> Vec<_> { disk.checkpoints().iter().map(|one| one.name().to_owned()).collect() };
+    assert_eq!(names(&disk), ["one", "two", "last"]);
+    rig.close(&disk);
+    drop(disk);
+    let disk = rig.open();
+    assert_eq!(names(&disk), ["one", "two", "last"]);
+    let io = rig.executor.storage();
+    rig.executor.block_on(async { disk.delete_checkpoint(&mut Admin::new(), &io, "last") }).unwrap();
+    rig.close(&disk);
+    drop(disk);
+    let disk = rig.open();
+    rig.create(&disk, "more", "s").unwrap();
+    assert_eq!(names(&disk), ["one", "two", "more"]);
+}
+
 #[test]
 fn a_checkpoint_of_a_disk_that_was_hardly_written_is_small() {
     // 2^26 blocks: 256 MiB of map, which a page of runs tells.

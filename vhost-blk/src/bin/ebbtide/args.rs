@@ -408,14 +408,15 @@ pub(crate) struct Incremental {
 #[command(next_help_heading = "A picture of the disk as it is now, instead of a list")]
 pub(crate) struct Picture {
     /// Draw the disk, coloured by how many snapshots ago each part of it changed last
-    #[arg(long, conflicts_with = "snapshot")]
+    #[arg(long, conflicts_with_all = ["snapshot", "until"])]
     pub(crate) map: bool,
     /// Write the same as a PNG
-    #[arg(long, value_name = "FILE", conflicts_with = "snapshot")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["snapshot", "until"])]
     pub(crate) png: Option<PathBuf>,
     /// List the regions with most blocks changed since --since, or since the newest instant after which anything
     /// changed; a block that was written often counts once
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10", conflicts_with = "snapshot")]
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10",
+        conflicts_with_all = ["snapshot", "until"])]
     pub(crate) top: Option<usize>,
 }
 

@@ -20,7 +20,7 @@ use crate::args::{
     Changes, CheckpointCommand, Command, DiskCommand, ExportCommand, Incremental, Query, SnapshotCommand,
     StoreCommand, TrackerCommand,
 };
-use crate::picture;
+use crate::{output, picture};
 
 /// How long a daemon may take to answer: a snapshot waits for a flush of its images.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -32,11 +32,7 @@ pub(crate) fn run(command: Command) -> ExitCode {
         other => answer(other).map_err(anyhow::Error::from),
     };
     match told {
-        Ok(text) => {
-            // A closed pipe is the reader's choice.
-            let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-            ExitCode::SUCCESS
-        }
+        Ok(text) => output::end_with(&text),
         Err(error) => {
             eprintln!("ebbtide: {error}");
             match error.downcast_ref() {

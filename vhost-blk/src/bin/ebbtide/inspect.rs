@@ -17,6 +17,7 @@ use cow_engine::inspect::{Around, Fact, Finding, Grade, HostFiles, Inspection, V
 use serde_json::{Map, json};
 
 use crate::args::{Check, Dump};
+use crate::output;
 
 /// Carries out `ebbtide check`.
 pub(crate) fn check(check: &Check) -> ExitCode {
@@ -26,7 +27,9 @@ pub(crate) fn check(check: &Check) -> ExitCode {
         match findings(dir) {
             Ok(found) => {
                 worst = worst.max(found.iter().map(|one| one.grade).max());
-                print(&told(dir, &found, check.json));
+                if let Err(error) = output::print(&told(dir, &found, check.json)) {
+                    return output::failed(&error);
+                }
             }
             Err(error) => {
                 failed = true;
@@ -197,9 +200,4 @@ fn json_of(fact: &Fact) -> serde_json::Value {
 /// A text of the disk on one line, without what would steer a terminal.
 fn printable(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
-}
-
-fn print(text: &str) {
-    // A closed pipe is the reader's choice.
-    let _ = io::stdout().write_all(text.as_bytes());
 }

@@ -21,6 +21,7 @@ mod maintenance;
 mod moves;
 mod nbd;
 mod offered;
+mod output;
 mod overlays;
 mod picture;
 mod pulse;
@@ -44,8 +45,7 @@ fn main() -> ExitCode {
     allocator::bound();
     // Whatever else is said (QEMU's vhost-user.rst, "Backend program conventions").
     if std::env::args_os().any(|argument| argument == "--print-capabilities") {
-        println!("{}", args::CAPABILITIES);
-        return ExitCode::SUCCESS;
+        return output::end_with(&format!("{}\n", args::CAPABILITIES));
     }
     let Cli { program, command } = Cli::parse();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))

@@ -150,11 +150,7 @@ fn run<T>(verb: impl AsyncFnOnce(HostStorage) -> Result<T, cow_engine::Error>) -
 
 fn told(command: impl FnOnce() -> anyhow::Result<String>) -> ExitCode {
     match command() {
-        Ok(text) => {
-            // A closed pipe is the reader's choice.
-            let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-            ExitCode::SUCCESS
-        }
+        Ok(text) => crate::output::end_with(&text),
         Err(error) => {
             eprintln!("ebbtide: {error:#}");
             ExitCode::FAILURE

@@ -8,6 +8,9 @@ mod font;
 mod png;
 mod terminal;
 
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use anyhow::anyhow;
@@ -15,6 +18,9 @@ use control::commands::{CellCount, ChangeMap, ChangedCell, RECENT_EPOCHS};
 use control::render::size;
 
 use crate::args::Picture;
+
+/// The first bytes of every PNG.
+const PNG_BEGINS: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
 
 /// Cells that a PNG is made of at most, and the list of regions.
 const PNG_CELLS: usize = 8_192;
@@ -58,7 +64,26 @@ pub(crate) fn draw(map: &ChangeMap, picture: &Picture) -> anyhow::Result<String>
 
 fn write_png(map: &ChangeMap, path: &Path) -> anyhow::Result<()> {
     let bytes = png::draw(map).map_err(|error| anyhow!("cannot make a PNG: {error}"))?;
-    std::fs::write(path, bytes).map_err(|error| anyhow!("cannot write {}: {error}", path.display()))
+    let written = open_picture(path).and_then(|mut file| file.write_all(&bytes));
+    written.map_err(|error| anyhow!("cannot write {}: {error}", path.display()))
+}
+
+/// Opens a file to be written from its beginning, if nothing is lost by that.
+///
+/// Whoever mistypes the name of a disk's image must not lose the disk: what is replaced is empty or a PNG.
+fn open_picture(path: &Path) -> std::io::Result<File> {
+    let there = match std::fs::metadata(path) {
+        Ok(metadata) => metadata.is_file() || metadata.file_type().is_block_device(),
+        Err(_) => false,
+    };
+    if there {
+        let mut begins = Vec::new();
+        File::open(path)?.take(PNG_BEGINS.len() as u64).read_to_end(&mut begins)?;
+        if !begins.is_empty() && begins != PNG_BEGINS {
+            return Err(std::io::Error::other("it is there already, and no PNG"));
+        }
+    }
+    File::create(path)
 }
 
 /// Which of [`AGES`] a newest epoch is of.
