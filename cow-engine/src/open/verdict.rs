@@ -38,11 +38,11 @@ pub enum ResetReason {
     HandedOver,
     /// The operator says that the image was changed.
     AssumedChanged,
-    /// An operator asked for it; see [`Disk::reset_tracking`].
+    /// An operator asked for it; see [`crate::Disk::reset_tracking`].
     Operator,
-    /// An operator switched tracking off; see [`Disk::disable_tracking`].
+    /// An operator switched tracking off; see [`crate::Disk::disable_tracking`].
     TrackingDisabled,
-    /// An operator switched tracking on; see [`Disk::enable_tracking`].
+    /// An operator switched tracking on; see [`crate::Disk::enable_tracking`].
     TrackingEnabled,
 }
 
