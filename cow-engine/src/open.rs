@@ -17,6 +17,7 @@
 //! | any, but the sample, the sign of life or the operator tells of a change, or is damaged | any | new generation | dropped |
 //! | no valid superblock | any | new generation | dropped |
 //!
+//! The verdict on superblock and image is `open/verdict.rs`; what becomes of the snapshots is `open/snapshots.rs`.
 //! What the sample and the sign of life tell, [`crate::away`] knows.
 //! An image that is longer than the disk is as it was left if a resize had begun to make it so: the disk is
 //! opened with its old size, and the resize finished ([`crate::resize`]).
@@ -30,13 +31,15 @@
 //! A map that is missing, or of a length that is not its own, takes the snapshots with it: its first page
 //! may have said that some are broken. So does one that could not be written back: [`crate::notes`].
 
-use std::fmt;
-use std::sync::atomic::Ordering::SeqCst;
+mod snapshots;
+mod superblock;
+mod verdict;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwapOption;
-use cbt::{BlockGrid, Cells, Epoch, Generation};
+use cbt::{BlockGrid, Cells, Epoch};
 
 use crate::append::Appender;
 use crate::areas::{self, AreaSpec, List};
@@ -45,25 +48,30 @@ use crate::buffers::Buffers;
 use crate::chain::Chain;
 use crate::checkpoint::Checkpoints;
 use crate::claims::Claims;
-use crate::disk::{Disk, EventSink, now_ns, with_sources};
+use crate::disk::{Disk, EventSink, with_sources};
 use crate::error::Error;
 use crate::flushes::Flushes;
-use crate::format::{self, Broken, DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, SnapshotState, Superblock};
+use crate::format::{DiskState, MAP_FILE, PAGE, SUPERBLOCK_FILE, Superblock};
 use crate::gate::Gate;
-use crate::index::Slot;
 use crate::intent::{self, INTENT_FILE, Intent};
-use crate::memory::{Source, Target};
 use crate::notes::{self, Notes};
 use crate::overflow::Holds;
 use crate::overlay::{Left, Overlays};
 use crate::rewind::{self, NO_REWIND};
-use crate::snapshot::Snapshot;
 use crate::status::Began;
 use crate::storage::Storage;
-use crate::store::{Budget, Store};
+use crate::store::Budget;
 use crate::tracker::{CONTROL_CELLS, Control, History, Identity, Tracker};
 use crate::walk;
 use crate::watch::Watch;
+
+use snapshots::{Remains, claim_slots, drop_snapshots, load_chain};
+pub(crate) use snapshots::{is_short, is_unneeded, leads_to, names_of_snapshots, sequences};
+pub(crate) use superblock::{Copies, read_superblock, write_superblock};
+use superblock::{capacity_of, next_superblock, open_superblock};
+pub use verdict::ResetReason;
+use verdict::{Verdict, check_owner, judge};
+pub(crate) use verdict::{is_as_left, is_presumable, is_proved};
 
 /// What to open, and how.
 pub struct DiskOptions<S: Storage> {
@@ -111,101 +119,6 @@ impl Default for StorePlan {
     }
 }
 
-/// Why a new generation began.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ResetReason {
-    /// There was no state: the disk is new here.
-    New,
-    /// The superblock, or the map, is not what it should be.
-    Damaged,
-    /// The host stopped without a clean end, so marks may be lost.
-    HostStopped,
-    /// The image is not as it was left.
-    ImageChanged,
-    /// Another block size was asked for, or tracking was switched on or off.
-    BlockSizeChanged,
-    /// An earlier beginning of a new generation was interrupted.
-    Interrupted,
-    /// The numbers of epochs were about to run out.
-    EpochsExhausted,
-    /// The history was exported, and goes on elsewhere.
-    HandedOver,
-    /// The operator says that the image was changed.
-    AssumedChanged,
-    /// An operator asked for it; see [`Disk::reset_tracking`].
-    Operator,
-    /// An operator switched tracking off; see [`Disk::disable_tracking`].
-    TrackingDisabled,
-    /// An operator switched tracking on; see [`Disk::enable_tracking`].
-    TrackingEnabled,
-}
-
-impl ResetReason {
-    /// A stable code for programs.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::New => "new",
-            Self::Damaged => "damaged",
-            Self::HostStopped => "host-stopped",
-            Self::ImageChanged => "image-changed",
-            Self::BlockSizeChanged => "block-size-changed",
-            Self::Interrupted => "interrupted",
-            Self::EpochsExhausted => "epochs-exhausted",
-            Self::HandedOver => "handed-over",
-            Self::AssumedChanged => "assumed-changed",
-            Self::Operator => "operator",
-            Self::TrackingDisabled => "tracking-disabled",
-            Self::TrackingEnabled => "tracking-enabled",
-        }
-    }
-
-    /// All of them; the superblock has the place of one, counted from 1.
-    const NUMBERED: [Self; 12] = [
-        Self::New,
-        Self::Damaged,
-        Self::HostStopped,
-        Self::ImageChanged,
-        Self::BlockSizeChanged,
-        Self::Interrupted,
-        Self::EpochsExhausted,
-        Self::HandedOver,
-        Self::AssumedChanged,
-        Self::Operator,
-        Self::TrackingDisabled,
-        Self::TrackingEnabled,
-    ];
-
-    /// Its number in the superblock.
-    pub(crate) fn number(&self) -> u32 {
-        (1..).zip(&Self::NUMBERED).find(|(_, one)| *one == self).map_or(0, |(number, _)| number)
-    }
-
-    /// The reason of a number in the superblock, if it is known.
-    pub(crate) fn numbered(number: u32) -> Option<&'static Self> {
-        Self::NUMBERED.get(usize::try_from(number.checked_sub(1)?).ok()?)
-    }
-}
-
-impl fmt::Display for ResetReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::New => "the disk is new here",
-            Self::Damaged => "the tracker's files are damaged",
-            Self::HostStopped => "the host stopped without a clean end, so marks may be lost",
-            Self::ImageChanged => "the image was changed or replaced while no daemon served it",
-            Self::BlockSizeChanged => "another block size was asked for",
-            Self::Interrupted => "an earlier reset was interrupted",
-            Self::EpochsExhausted => "the numbers of epochs were running out",
-            Self::HandedOver => "the history was exported, and goes on elsewhere",
-            Self::AssumedChanged => "the operator says that the image was changed while no daemon served it",
-            Self::Operator => "an operator asked for it",
-            Self::TrackingDisabled => "an operator switched tracking off",
-            Self::TrackingEnabled => "an operator switched tracking on",
-        })
-    }
-}
-
 /// What opening a disk found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenReport {
@@ -227,14 +140,6 @@ pub struct OpenReport {
     pub rewinding: Option<String>,
     /// Bytes that count as changed because the host stopped without a clean end.
     pub presumed_changed: u64,
-}
-
-/// What the superblock and the image say together.
-struct Verdict {
-    reset: Option<ResetReason>,
-    keep_snapshots: bool,
-    /// Marks may be lost, where the intent log says so.
-    presume: bool,
 }
 
 impl<S: Storage> Disk<S> {
@@ -579,117 +484,6 @@ async fn settle_image<S: Storage>(
     Err(Error::Io { what: "flushing the image", source })
 }
 
-/// Opens or makes the superblock's file and reads the newest valid copy.
-async fn open_superblock<S: Storage>(
-    io: &S,
-    options: &DiskOptions<S>,
-    existed: bool,
-) -> Result<(S::File, Copies), Error> {
-    let fail = || Error::io("opening the superblock");
-    if !existed {
-        return Ok((io.create(&options.dir, SUPERBLOCK_FILE).map_err(fail())?, Copies::default()));
-    }
-    read_superblock(io, &options.dir).await
-}
-
-/// Opens the superblock's file, which is there, and reads its copies.
-pub(crate) async fn read_superblock<S: Storage>(io: &S, dir: &S::Dir) -> Result<(S::File, Copies), Error> {
-    let fail = || Error::io("opening the superblock");
-    let file = io.open(dir, SUPERBLOCK_FILE).map_err(fail())?;
-    // A killed process may have written a copy and not flushed it: the other one stays until it is on the medium, or
-    // a stop of the host could tear both.
-    io.sync(&file).await.map_err(fail())?;
-    let len = io.len(&file).map_err(fail())?;
-    let mut pages = [[0; PAGE]; 2];
-    for (page, at) in pages.iter_mut().zip([0, PAGE as u64]) {
-        // Of one that is cut off what is there: it may be whole again once the file is longer, and then be
-        // newer than what was written meanwhile.
-        let there = usize::try_from(len.saturating_sub(at)).unwrap_or(PAGE).min(PAGE);
-        if there > 0 {
-            io.read(&file, at, Target::of(&mut page[..there])).await.map_err(fail())?;
-        }
-    }
-    Ok((file, Copies::of(&pages)))
-}
-
-/// The copies of a superblock that were found.
-#[derive(Default)]
-pub(crate) struct Copies {
-    pub(crate) newest: Option<Superblock>,
-    /// One is neither valid nor unused: it may have been the newer one, which knew of later epochs.
-    pub(crate) one_damaged: bool,
-}
-
-impl Copies {
-    /// What the pages of the file say; zeros for one that is not there.
-    pub(crate) fn of(pages: &[[u8; PAGE]; 2]) -> Self {
-        let valid: Vec<Superblock> = pages.iter().filter_map(|page| Superblock::from_page(page)).collect();
-        let unused = pages.iter().filter(|page| page.iter().all(|&byte| byte == 0)).count();
-        let newest = valid.iter().max_by_key(|copy| copy.sequence).cloned();
-        // Once there was a second copy there always are two.
-        let both_used = newest.as_ref().is_some_and(|newest| newest.sequence > 1);
-        let one_damaged = valid.len() + unused < 2 || both_used && valid.len() < 2;
-        Self { newest, one_damaged }
-    }
-}
-
-/// Writes a superblock over the older of the two copies, durably.
-pub(crate) async fn write_superblock<S: Storage>(
-    io: &S,
-    file: &S::File,
-    superblock: &Superblock,
-) -> Result<(), Error> {
-    let at = superblock.sequence % 2 * PAGE as u64;
-    let page = superblock.to_page();
-    let fail = || Error::io("writing the superblock");
-    io.write(file, at, Source::of(&page[..])).await.map_err(fail())?;
-    io.sync(file).await.map_err(fail())
-}
-
-/// Refuses the state of another image that is still around under its own name.
-fn check_owner<S: Storage>(found: &Superblock, options: &DiskOptions<S>) -> Result<(), Error> {
-    let same_file =
-        (found.identity.inode, found.identity.device) == (options.identity.inode, options.identity.device);
-    if found.path == options.image_path || same_file {
-        return Ok(());
-    }
-    Err(Error::ForeignState { owner: found.path.clone(), image: options.image_path.clone() })
-}
-
-fn judge<S: Storage>(
-    found: Option<&Superblock>,
-    existed: bool,
-    logged: bool,
-    options: &DiskOptions<S>,
-) -> Verdict {
-    let Some(found) = found else {
-        let reason = if existed { ResetReason::Damaged } else { ResetReason::New };
-        return Verdict { reset: Some(reason), keep_snapshots: false, presume: false };
-    };
-    if found.state == DiskState::HandedOver {
-        // Where the image is shared, another host's changes may leave no trace that is seen here.
-        return Verdict { reset: Some(ResetReason::HandedOver), keep_snapshots: false, presume: false };
-    }
-    let proved = is_proved(found, &options.identity, &options.boot);
-    // Another boot: marks may be lost, in hot regions only; and none where none were made.
-    let logged = logged || found.block_bytes == 0;
-    let presume = logged && is_presumable(found, &options.identity, &options.boot);
-    let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
-    let reset = if !proved && !presume {
-        let host = found.state != DiskState::Clean && found.boot != options.boot;
-        Some(if host { ResetReason::HostStopped } else { ResetReason::ImageChanged })
-    } else if found.state == DiskState::Resetting {
-        Some(ResetReason::Interrupted)
-    } else if found.block_bytes != block_bytes {
-        Some(ResetReason::BlockSizeChanged)
-    } else if found.epoch.get() > Epoch::LAST.get() - (1 << 20) {
-        Some(ResetReason::EpochsExhausted)
-    } else {
-        None
-    };
-    Verdict { reset, keep_snapshots: proved, presume }
-}
-
 /// Opens the intent log that a superblock's writer kept, if it is whole.
 async fn open_intent<S: Storage>(
     io: &S,
@@ -735,88 +529,9 @@ fn presume_changed<S: Storage>(
     hot.iter().map(|range| range.len()).sum()
 }
 
-/// Whether the image is as the superblock's writer left it.
-pub(crate) fn is_proved(found: &Superblock, now: &Identity, boot: &[u8; 16]) -> bool {
-    let then = &found.identity;
-    let same_len = found.capacity == now.len || found.growing_to == Some(now.len);
-    let same_file = then.inode == now.inode && same_len;
-    let is_stamped = then.len == now.len && then.mtime_ns == now.mtime_ns;
-    match found.state {
-        // Device numbers may change with a boot; within one, a file keeps its own.
-        DiskState::Clean | DiskState::HandedOver => same_file && is_stamped,
-        DiskState::Doubtful => same_file && is_stamped && found.boot == *boot,
-        DiskState::Serving | DiskState::Unlogged | DiskState::Resetting => {
-            same_file && then.device == now.device && found.boot == *boot
-        }
-    }
-}
-
-/// Whether the image is the one that was served when the host stopped: what may have changed since the last
-/// marks that are on the medium, a whole intent log knows.
-pub(crate) fn is_presumable(found: &Superblock, now: &Identity, boot: &[u8; 16]) -> bool {
-    let same_len = found.capacity == now.len || found.growing_to == Some(now.len);
-    let same_file = found.identity.inode == now.inode && same_len;
-    found.state == DiskState::Serving && found.boot != *boot && same_file
-}
-
-/// The superblock to serve under.
-fn next_superblock<S: Storage>(
-    found: Option<&Superblock>,
-    options: &DiskOptions<S>,
-    capacity: u64,
-    reset: Option<&ResetReason>,
-) -> Superblock {
-    let block_bytes = options.tracking.map_or(0, BlockGrid::bytes);
-    let (sequence, disk) = match found {
-        Some(found) => (found.sequence + 1, found.disk),
-        None => (1, uuid::Uuid::new_v4().into_bytes()),
-    };
-    let (generation, epoch) = match found {
-        Some(found) if reset.is_none() => (found.generation, found.epoch),
-        _ => (Generation::random(), Epoch::FIRST),
-    };
-    let (began_reason, began_ns) = match (reset, found) {
-        (Some(reason), _) => (reason.number(), now_ns()),
-        (None, found) => found.map_or((0, 0), |found| (found.began_reason, found.began_ns)),
-    };
-    Superblock {
-        sequence,
-        disk,
-        generation,
-        boot: options.boot,
-        state: DiskState::Serving,
-        epoch,
-        block_bytes,
-        capacity,
-        identity: options.identity,
-        rewind: NO_REWIND,
-        path: options.image_path.clone(),
-        growing_to: Some(options.identity.len).filter(|&len| len > capacity),
-        began_ns,
-        began_reason,
-        // The operator's word, until the operator takes it back.
-        switched_off: found.is_some_and(|found| found.switched_off),
-    }
-}
-
-/// The disk's size to begin with: the image's length, but for one that a resize had begun to make longer.
-fn capacity_of(found: Option<&Superblock>, image_len: u64) -> u64 {
-    let growing = found.filter(|found| found.growing_to == Some(image_len));
-    growing.map_or(image_len, |found| found.capacity)
-}
-
 /// Cells of the map of a disk, its control page included.
 pub(crate) fn cells_of<C: Cells>(tracking: Option<BlockGrid>, capacity: u64) -> usize {
     tracking.map_or(CONTROL_CELLS, |grid| Tracker::<C>::cells_needed(grid, capacity))
-}
-
-/// Whether the map is as long as the superblock's writer left it, or in the midst of being replaced. It is longer
-/// than the disk needs if the disk is on its way to be larger, or was larger.
-pub(crate) fn is_as_left<C: Cells>(found: &Superblock, len: Option<u64>) -> bool {
-    let tracking = BlockGrid::new(found.block_bytes).ok();
-    let cells = |capacity: u64| bytes_of(cells_of::<C>(tracking, capacity));
-    let is_long = |len: u64| len >= cells(found.capacity) && len.is_multiple_of(PAGE as u64);
-    found.state == DiskState::Resetting || len.is_some_and(is_long)
 }
 
 /// Opens the map's file, if there is one; its length in bytes.
@@ -878,174 +593,4 @@ fn clear_map<S: Storage>(
 
 pub(crate) fn bytes_of(cells: usize) -> u64 {
     cells as u64 * size_of::<u32>() as u64
-}
-
-/// Reads the snapshots of a disk whose image is as they left it, oldest first.
-///
-/// Only what is damaged is given up, and what depends on it; an error that may pass (too few
-/// descriptors, no permission, a failing device) is the caller's, and nothing was changed.
-async fn load_chain<S: Storage>(
-    io: &S,
-    dir: &S::Dir,
-    disk: &[u8; 16],
-    names: &[String],
-    remains: &Remains<'_, S>,
-    report: &mut OpenReport,
-) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
-    let mut chain: Vec<Arc<Snapshot<S>>> = Vec::new();
-    let mut damaged = Vec::new();
-    let mut lost: Option<String> = None;
-    for sequence in sequences(names) {
-        let loaded = Snapshot::load(io, dir, disk, sequence, Some(remains.store)).await;
-        match loaded.and_then(|found| found.map(|one| remains.check_whole(one)).transpose()) {
-            // A creation that did not come to its head.
-            Ok(None) => Snapshot::<S>::remove_file(io, dir, sequence)?,
-            Ok(Some(snapshot)) => chain.push(Arc::new(snapshot)),
-            Err(error) if !error.is_damage() => return Err(error),
-            Err(error) => damaged.push((sequence, with_sources(&error))),
-        }
-    }
-    let chain = without_unnamed(io, dir, chain)?;
-    for at in (0..chain.len()).rev() {
-        let newer = chain.get(at + 1);
-        if lost.is_none() && !leads_to(chain[at].newer(), newer.map(|one| one.sequence)) {
-            let why = damaged.iter().find(|(sequence, _)| *sequence == chain[at].newer());
-            let why = why.map_or("its index is gone", |(_, reason)| reason);
-            lost = Some(format!("a newer snapshot is damaged: {why}"));
-        }
-        if let Some(why) = chain[at].lost.get() {
-            lost.get_or_insert_with(|| why.clone());
-        }
-        if let Some(reason) = &lost {
-            log::warn!("snapshot '{}' is broken: {reason}", chain[at].name);
-            chain[at].set_broken(Broken { reason: reason.clone(), errno: 0, at_ns: 0 });
-            chain[at].write_head(io).await?;
-        }
-    }
-    // Only now: the heads say what was lost with them.
-    for (sequence, reason) in damaged {
-        log::warn!("snapshot number {sequence} is damaged: {reason}");
-        Snapshot::<S>::remove_file(io, dir, sequence)?;
-        report.dropped.push((format!("number {sequence}"), reason));
-    }
-    Ok(chain)
-}
-
-/// Removes snapshots that their older neighbour does not name: deleted ones that were merged into it, and
-/// prepared ones whose instant had not come.
-fn without_unnamed<S: Storage>(
-    io: &S,
-    dir: &S::Dir,
-    chain: Vec<Arc<Snapshot<S>>>,
-) -> Result<Vec<Arc<Snapshot<S>>>, Error> {
-    let mut kept: Vec<Arc<Snapshot<S>>> = Vec::new();
-    for snapshot in chain {
-        let is_named = kept.last().is_none_or(|older| older.newer() == snapshot.sequence);
-        if is_unneeded(snapshot.state(), is_named) {
-            Snapshot::<S>::remove_file(io, dir, snapshot.sequence)?;
-        } else {
-            kept.push(snapshot);
-        }
-    }
-    Ok(kept)
-}
-
-/// Whether a snapshot whose head names number `named` leads on to `newer`, the next one that is there.
-pub(crate) fn leads_to(named: u32, newer: Option<u32>) -> bool {
-    named == newer.unwrap_or(0)
-}
-
-/// Whether an index has fewer records than were published.
-///
-/// They are counted modulo 2^32, and there may be some more, which were not published.
-pub(crate) fn is_short(found: u32, published: u32) -> bool {
-    found.wrapping_sub(published).cast_signed() < 0
-}
-
-/// Whether nobody needs a snapshot in this state, which its older neighbour names or does not.
-pub(crate) fn is_unneeded(state: SnapshotState, is_named: bool) -> bool {
-    state != SnapshotState::Active && !is_named
-}
-
-/// What else was left that tells whether snapshots are whole.
-struct Remains<'a, S: Storage> {
-    store: &'a Store<S>,
-    control: Option<&'a Control<S::Cells>>,
-}
-
-impl<S: Storage> Remains<'_, S> {
-    /// Refuses a snapshot whose index has fewer records than were published.
-    fn check_whole(&self, snapshot: Snapshot<S>) -> Result<Snapshot<S>, Error> {
-        let published = self.control.map_or(0, |control| control.records(snapshot.sequence));
-        if snapshot.broken().is_none() && is_short(snapshot.loaded_records(), published) {
-            return Err(Error::Corrupt { what: "the end of a snapshot's index", at: snapshot.records() });
-        }
-        Ok(snapshot)
-    }
-}
-
-/// Takes the slots that the records of snapshots name. A broken one has given up its own.
-fn claim_slots<S: Storage>(store: &Store<S>, chain: &[Arc<Snapshot<S>>]) -> Result<(), Error> {
-    for snapshot in chain {
-        if snapshot.broken().is_some() {
-            snapshot.emptied.store(true, SeqCst);
-            continue;
-        }
-        let mut fits = true;
-        snapshot.for_each(|_, slot| {
-            if let Slot::At(slot) = slot {
-                fits &= store.claim(slot);
-            }
-        });
-        if !fits {
-            return Err(Error::Corrupt { what: "a slot of a snapshot's index", at: 0 });
-        }
-    }
-    Ok(())
-}
-
-/// Removes the snapshots of a disk whose image may not be as they left it.
-async fn drop_snapshots<S: Storage>(
-    io: &S,
-    dir: &S::Dir,
-    disk: &[u8; 16],
-    names: &[String],
-    reason: &str,
-    report: &mut OpenReport,
-) -> Result<(), Error> {
-    for sequence in sequences(names) {
-        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence, None).await
-            && snapshot.state() == SnapshotState::Active
-        {
-            report.dropped.push((snapshot.name.clone(), reason.to_owned()));
-        }
-        Snapshot::<S>::remove_file(io, dir, sequence)?;
-    }
-    Ok(())
-}
-
-/// The names of the snapshots of a disk that is not open, oldest first, as far as their heads can be read.
-pub(crate) async fn names_of_snapshots<S: Storage>(
-    io: &S,
-    dir: &S::Dir,
-    disk: &[u8; 16],
-    names: &[String],
-) -> Vec<String> {
-    let mut found = Vec::new();
-    for sequence in sequences(names) {
-        if let Ok(Some(snapshot)) = Snapshot::<S>::load(io, dir, disk, sequence, None).await
-            && snapshot.is_active()
-        {
-            found.push(snapshot.name.clone());
-        }
-    }
-    found
-}
-
-/// The numbers of snapshots that have files, ascending.
-pub(crate) fn sequences(names: &[String]) -> Vec<u32> {
-    let mut all: Vec<u32> = names.iter().filter_map(|name| format::sequence_of(name)).collect();
-    all.sort_unstable();
-    all.dedup();
-    all
 }

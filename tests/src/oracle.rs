@@ -37,25 +37,27 @@
 //! - **Checkpoints** are instants that outlive their snapshot; the module `checkpoints` tells what must be so.
 //! - **Reverts** are changes of the whole disk; the module `reverts` tells what must be so.
 //!
+//! Here are time, changes, the live disk, crashes, and which snapshots and generations there are. Sizes, views and the
+//! answers about changes have modules of their own.
+//!
 //! Absent: running anything, and choosing what to run. Nothing here is random.
 
 mod checkpoints;
 mod reverts;
+mod sizes;
+mod tracking;
+mod views;
 pub use checkpoints::Named;
 pub use reverts::Outcome;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId, Epoch, Generation};
+use cow_engine::cbt::{BlockGrid, ByteRange, ChangeId, Generation};
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 const STAMP: usize = 32;
-/// Regions that count as changed ahead of a stream: so many, or as many as lie behind it.
-const STREAM: u64 = 8;
-/// Regions that count as changed together in a burst of changes; aligned.
-const TOGETHER: u64 = 64;
 /// Bytes of a grain, by which touched places are remembered.
 pub const GRAIN: u64 = 4096;
 
@@ -267,22 +269,6 @@ pub struct DiskModel {
     pub grid: Option<BlockGrid>,
 }
 
-impl DiskModel {
-    /// Whether `block` may be named among changes from `begin` to `end` because the host stopped in between:
-    /// something was changed in its regions or their group, or in one of those before them, of a stream that ended.
-    fn is_presumed(&self, block: ByteRange, begin: u64, end: u64) -> bool {
-        let within = self.presumed.iter().filter(|(time, _)| (begin..end).contains(time));
-        let near = |&(_, bytes): &(u64, u64)| {
-            let (first, last) = (block.start() / bytes, (block.end() - 1) / bytes);
-            let from = first.saturating_sub(STREAM).min(first / 2).min(first / TOGETHER * TOGETHER);
-            let to = (last / TOGETHER + 1) * TOGETHER;
-            let grains = from * bytes / GRAIN..to * bytes / GRAIN;
-            self.by_grain.range(grains).any(|(_, changes)| !changes.is_empty())
-        };
-        within.into_iter().any(near)
-    }
-}
-
 /// The judge.
 #[derive(Debug, Default)]
 pub struct Oracle {
@@ -381,109 +367,6 @@ impl Oracle {
         marks.len() - 1
     }
 
-    /// A resize to `size` bytes begins.
-    pub fn begin_resize(&mut self, disk: usize, size: u64) {
-        let capacity = self.disks[disk].capacity;
-        let mark = self.issue_mark(disk, self.grown(disk, capacity.min(size), capacity.max(size)));
-        self.disks[disk].growing.push(Growing { size, mark });
-    }
-
-    /// The sectors that change when a disk grows: the last block of old too, if it is not a whole one.
-    fn grown(&self, disk: usize, old: u64, size: u64) -> Range<u64> {
-        let whole = self.disks[disk].grid.is_none_or(|grid| old.is_multiple_of(grid.bytes()));
-        let first = if whole { old } else { old - 1 };
-        first / SECTOR as u64..size / SECTOR as u64
-    }
-
-    /// A disk tells its size, at any time while it is served.
-    pub fn size_told(&mut self, disk: usize, size: u64) -> Verdict {
-        if size == self.disks[disk].capacity {
-            return Ok(());
-        }
-        let growing = std::mem::take(&mut self.disks[disk].growing);
-        let Some(growing) = growing.into_iter().rfind(|growing| growing.size == size) else {
-            return Err(format!("disk {disk} has {size} bytes"));
-        };
-        let old = std::mem::replace(&mut self.disks[disk].capacity, size);
-        if size < old {
-            self.cut_to(disk, size, old);
-            return Ok(());
-        }
-        let Some(cut) = self.disks[disk].marks[growing.mark].cut else {
-            self.answer_mark(disk, growing.mark, true);
-            return Ok(());
-        };
-        // After a crash it was done again, at the latest now; but perhaps before a new generation began.
-        let sectors = self.grown(disk, old, size);
-        let mark = self.issue_mark(disk, sectors);
-        let same = self.disks[disk].generation.is_some_and(|(_, began)| began < cut);
-        self.answer_mark(disk, mark, same);
-        Ok(())
-    }
-
-    /// A disk has become smaller, and nobody was told yet: a power cut may bring the old size back, with what was
-    /// there; else what is past the end is zeros when it grows again.
-    fn cut_to(&mut self, disk: usize, size: u64, old: u64) {
-        let sectors: Vec<u64> = self.past(disk, size);
-        let now = self.now();
-        let end = Some((now, End::Failed));
-        self.changes.push(Change {
-            value: 0,
-            issued: now,
-            end,
-            durable: false,
-            settled: false,
-            only_power: false,
-        });
-        let change = self.changes.len() - 1;
-        for sector in sectors {
-            self.disks[disk].sectors.entry(sector).or_default().push(Entry { change, seen: None });
-        }
-        let mark = self.issue_mark(disk, self.grown(disk, size, old));
-        self.disks[disk].growing = vec![Growing { size: old, mark }];
-    }
-
-    /// It was answered that a disk is smaller: what was past its end is gone for good.
-    pub fn shrunk(&mut self, disk: usize, size: u64) {
-        for sector in self.past(disk, size) {
-            self.disks[disk].sectors.remove(&sector);
-        }
-        self.forget_resize(disk);
-    }
-
-    /// Sectors from `size` on that were ever changed.
-    fn past(&self, disk: usize, size: u64) -> Vec<u64> {
-        self.disks[disk].sectors.range(size / SECTOR as u64..).map(|(&sector, _)| sector).collect()
-    }
-
-    /// The least size that the image of a disk may have now.
-    pub fn least_size(&self, disk: usize) -> u64 {
-        let model = &self.disks[disk];
-        model.growing.iter().map(|growing| growing.size).fold(model.capacity, u64::min)
-    }
-
-    /// A resize was answered with an error. It may still be finished by a later opening.
-    pub fn not_resized(&mut self, disk: usize) {
-        if let Some(growing) = self.disks[disk].growing.last() {
-            self.answer_mark(disk, growing.mark, false);
-        }
-    }
-
-    /// Without faults an opening finishes a resize or forgets it.
-    pub fn forget_resize(&mut self, disk: usize) {
-        self.disks[disk].growing.clear();
-    }
-
-    /// A disk was opened: what it may have marked in vain counts as marked.
-    fn note_attempt(&mut self, disk: usize) {
-        for growing in self.disks[disk].growing.clone() {
-            let now = self.disks[disk].capacity;
-            let sectors = self.grown(disk, now.min(growing.size), now.max(growing.size));
-            let mark = self.issue_mark(disk, sectors);
-            self.answer_mark(disk, mark, false);
-        }
-    }
-
     /// A mark was answered.
     pub fn answer_mark(&mut self, disk: usize, mark: usize, ok: bool) {
         let now = self.now();
@@ -523,18 +406,6 @@ impl Oracle {
     /// The host was started anew.
     pub fn host_started(&mut self) {
         self.disks.iter_mut().for_each(|disk| disk.distrusted = false);
-    }
-
-    /// After a power cut: what is past the end, where nobody can look, may be as old as what was durable.
-    pub fn settle_past_end(&mut self, disk: usize) {
-        let now = self.now();
-        for sector in self.past(disk, self.disks[disk].capacity) {
-            for entry in self.durable_window(disk, sector) {
-                let change = self.changes.len();
-                self.changes.push(Change::perhaps(self.value(&entry), now));
-                self.disks[disk].sectors.entry(sector).or_default().push(Entry { change, seen: None });
-            }
-        }
     }
 
     /// Judges a disk's being closed in order, by a command that began at `issued`.
@@ -889,262 +760,4 @@ impl Oracle {
         let now = self.now();
         self.disks[disk].presumed.push((now, region_bytes));
     }
-
-    /// Judges what a view answered.
-    pub fn view_read(&mut self, group: usize, disk: usize, at: u64, bytes: &[u8]) -> Verdict {
-        let (begin, end) = (self.groups[group].begin, self.groups[group].end.unwrap_or(u64::MAX));
-        let what = format!("view {} of disk {disk}", self.groups[group].name);
-        for (sector, bytes) in (at / SECTOR as u64..).zip(bytes.chunks_exact(SECTOR)) {
-            let found = read_stamp(disk, sector, bytes).map_err(|why| format!("{what}: {why}"))?;
-            match self.groups[group].members[&disk].seen.get(&sector) {
-                Some(&before) if before == found => continue,
-                Some(before) => {
-                    return Err(format!("{what} sector {sector}: change {found}, before it was {before}"));
-                }
-                None => {}
-            }
-            if self.disks[disk].sectors.contains_key(&sector) {
-                let window = self.window(disk, sector, begin, end);
-                self.expect(&what, sector, found, &window)?;
-                self.member(group, disk).seen.insert(sector, found);
-            } else if found != 0 {
-                return Err(format!("{what} sector {sector}: change {found} was never made there"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Judges a hole that a view told of, of which it was read that it is zeros or not.
-    pub fn view_hole(&self, group: usize, disk: usize, range: ByteRange) -> Verdict {
-        let member = &self.groups[group].members[&disk];
-        let sectors = range.start() / SECTOR as u64..range.end().div_ceil(SECTOR as u64);
-        match member.seen.range(sectors).find(|(_, value)| **value != 0) {
-            None => Ok(()),
-            Some((sector, value)) => Err(format!(
-                "view {} of disk {disk}: sector {sector} is in a hole and holds change {value}",
-                self.groups[group].name
-            )),
-        }
-    }
-
-    /// A reader begins to release grains; those that may be from now on.
-    pub fn begin_release(&mut self, group: usize, disk: usize, grains: Range<u64>) -> Vec<u64> {
-        self.member(group, disk).may_be_released = true;
-        let released = &mut self.member(group, disk).released;
-        let new: Vec<u64> = grains.filter(|grain| !released.contains_key(grain)).collect();
-        released.extend(new.iter().map(|&grain| (grain, false)));
-        new
-    }
-
-    /// A release was answered: it holds for `grains`.
-    pub fn released(&mut self, group: usize, disk: usize, grains: Range<u64>) {
-        self.member(group, disk).released.extend(grains.map(|grain| (grain, true)));
-    }
-
-    /// A release had no effect, and nobody else had asked for these grains.
-    pub fn not_released(&mut self, group: usize, disk: usize, grains: &[u64]) {
-        self.member(group, disk).released.retain(|grain, held| *held || !grains.contains(grain));
-    }
-
-    /// Whether a release was ever begun.
-    pub fn has_released(&self, group: usize, disk: usize) -> bool {
-        self.groups[group].members[&disk].may_be_released
-    }
-
-    /// Grains of `range` that are released for certain.
-    pub fn lost(&self, group: usize, disk: usize, range: ByteRange) -> BTreeSet<u64> {
-        let grains = range.start() / GRAIN..range.end().div_ceil(GRAIN);
-        let member = &self.groups[group].members[&disk];
-        member.released.range(grains).filter(|(_, held)| **held).map(|(&grain, _)| grain).collect()
-    }
-
-    /// Judges an answer that byte `at` of a view was released, when `range` was asked for.
-    pub fn view_lost(&self, group: usize, disk: usize, range: ByteRange, at: u64) -> Verdict {
-        let group = &self.groups[group];
-        let what = format!("view {} of disk {disk}: byte {at}", group.name);
-        if at < range.start() || at >= range.end() {
-            return Err(format!("{what} was not asked for, {range} was"));
-        }
-        match group.members[&disk].released.get(&(at / GRAIN)) {
-            Some(_) => Ok(()),
-            None => Err(format!("{what} was never released")),
-        }
-    }
-
-    /// Judges whether what was seen of a group's views is one instant.
-    pub fn check_instant(&self, group: usize) -> Verdict {
-        let group = &self.groups[group];
-        let end = group.end.unwrap_or(u64::MAX);
-        let (mut inside, mut outside) = (BTreeMap::new(), BTreeMap::new());
-        for (&disk, member) in &group.members {
-            for (&sector, &value) in &member.seen {
-                let window = self.window(disk, sector, group.begin, end);
-                if window.len() < 2 {
-                    continue;
-                }
-                let mut fits = window.iter().enumerate().filter(|(_, entry)| self.value(entry) == value);
-                let (Some((place, _)), None) = (fits.next(), fits.next()) else { continue };
-                for (at, entry) in window.iter().enumerate() {
-                    let Some(entry) = entry else { continue };
-                    if matches!(self.change(entry).end, Some((_, End::Failed))) {
-                        continue;
-                    }
-                    let side = if at <= place { &mut inside } else { &mut outside };
-                    side.insert(entry.change, (disk, sector));
-                }
-            }
-        }
-        for (change, here) in &inside {
-            if let Some(there) = outside.get(change) {
-                return Err(format!(
-                    "snapshot {}: change {} is in it at {here:?} and not at {there:?} (disk, sector)",
-                    group.name,
-                    change + 1
-                ));
-            }
-        }
-        let last = inside.keys().max_by_key(|&&change| self.changes[change].issued);
-        let answered = |change: usize| self.changes[change].end.map_or(u64::MAX, |(end, _)| end);
-        let first = outside.keys().min_by_key(|&&change| answered(change));
-        if let (Some(&last), Some(&first)) = (last, first)
-            && answered(first) < self.changes[last].issued
-        {
-            return Err(format!(
-                "snapshot {}: change {} is in it at {:?}, and {} is not at {:?}, which had been answered before",
-                group.name,
-                last + 1,
-                inside[&last],
-                first + 1,
-                outside[&first]
-            ));
-        }
-        Ok(())
-    }
-
-    /// Epochs since which a snapshot of `disk` can be asked.
-    pub fn sinces(&self, group: usize, disk: usize) -> Vec<Epoch> {
-        let Some(id) = self.groups[group].members[&disk].id else { return Vec::new() };
-        let same = |told: &&Told| told.id.generation == id.generation && told.id.epoch <= id.epoch;
-        let told = self.disks[disk].told.iter().filter(same).map(|told| told.id.epoch);
-        std::iter::once(Epoch::NEVER).chain(told).collect()
-    }
-
-    /// Judges the answer to all changes of a snapshot since an epoch.
-    pub fn changes_told(&mut self, group: usize, disk: usize, since: Epoch, answer: &[ByteRange]) -> Verdict {
-        let name = self.groups[group].name.clone();
-        let fail = |text: String| Err(format!("changes of {name} on disk {disk} since {since:?}: {text}"));
-        let held = &self.groups[group];
-        let (later_begin, later_end) = (held.begin, held.end.unwrap_or(u64::MAX));
-        let member = &held.members[&disk];
-        if let Some(before) = member.answers.get(&since.get()) {
-            if before != answer {
-                return fail(format!("{answer:?}, before it was {before:?}"));
-            }
-            return self.differing(group, disk, since, answer).or_else(fail);
-        }
-        let model = &self.disks[disk];
-        let Some(id) = member.id else { return fail("no change id is known".into()) };
-        let (begin, end) = match model.told.iter().find(|told| {
-            told.id.epoch == since && told.id.generation == id.generation && since != Epoch::NEVER
-        }) {
-            Some(told) => (told.begin, told.end),
-            None => {
-                let start = model.generation.map_or(0, |(_, start)| start);
-                (model.cleared, start)
-            }
-        };
-        let Some(grid) = model.grid else { return fail("the disk is not tracked".into()) };
-        if let Some(last) = answer.last().filter(|last| last.end() > member.capacity) {
-            return fail(format!("{last} passes its end at {}", member.capacity));
-        }
-        for pair in answer.windows(2) {
-            if pair[0].end() >= pair[1].start() {
-                return fail(format!("{} and {} are not apart", pair[0], pair[1]));
-            }
-        }
-        let known = |entry: &Entry| {
-            let change = self.change(entry);
-            let ended = match change.end {
-                Some((time, End::Held | End::Failed)) => Some(time),
-                _ => entry.seen,
-            };
-            // A revert that failed is no change, unless a power cut brings it about.
-            let made = !change.settled && !change.only_power;
-            made && change.issued >= end && ended.is_some_and(|time| time <= later_begin)
-        };
-        for (&sector, history) in model.sectors.range(..member.capacity / SECTOR as u64) {
-            if let Some(entry) = history.iter().find(|entry| known(entry))
-                && !covers(answer, sector)
-            {
-                return fail(format!("sector {sector} is missing, change {} is in it", entry.change + 1));
-            }
-        }
-        for mark in &model.marks {
-            let due = mark.issued >= end && mark.done.is_some_and(|time| time <= later_begin);
-            let mut sectors = mark.sectors.start..mark.sectors.end.min(member.capacity / SECTOR as u64);
-            if due && let Some(sector) = sectors.find(|&sector| !covers(answer, sector)) {
-                return fail(format!("sector {sector} is missing, which was marked at {}", mark.issued));
-            }
-        }
-        self.differing(group, disk, since, answer).or_else(fail)?;
-        for range in answer {
-            for block in grid.covering(*range) {
-                let bytes = grid.range(block..block + 1, member.capacity);
-                let grains = bytes.start() / GRAIN..bytes.end().div_ceil(GRAIN);
-                let near = |change: &usize| {
-                    let change = &self.changes[*change];
-                    change.issued < later_end && change.end.is_none_or(|(time, _)| time >= begin)
-                };
-                let sectors = bytes.start() / SECTOR as u64..bytes.end().div_ceil(SECTOR as u64);
-                let marked = |mark: &Mark| {
-                    let ended = mark.done.or(mark.cut).unwrap_or(u64::MAX);
-                    let there = mark.sectors.start < sectors.end && sectors.start < mark.sectors.end;
-                    there && mark.issued < later_end && ended >= begin
-                };
-                let touched = model.by_grain.range(grains).any(|(_, changes)| changes.iter().any(near));
-                if !touched && !model.marks.iter().any(marked) && !model.is_presumed(bytes, begin, later_end)
-                {
-                    return fail(format!("{bytes} is named and nothing was changed there"));
-                }
-            }
-        }
-        self.member(group, disk).answers.insert(since.get(), answer.to_vec());
-        Ok(())
-    }
-
-    /// What differs between two views is named.
-    fn differing(&self, group: usize, disk: usize, since: Epoch, answer: &[ByteRange]) -> Result<(), String> {
-        let later = &self.groups[group].members[&disk];
-        let older = self.groups.iter().filter_map(|group| group.members.get(&disk)).find(|older| {
-            older.id.is_some_and(|id| {
-                id.epoch == since && later.id.is_some_and(|later| later.generation == id.generation)
-            })
-        });
-        // Only what came after an opening differs from it by marks.
-        let is_after = |opening: &&Opening| {
-            let same = later.id.is_some_and(|later| later.generation == opening.id.generation);
-            same && opening.id.epoch == since && opening.at < self.groups[group].begin
-        };
-        let openings = self.disks[disk].openings.iter().filter(is_after);
-        let openings = openings.map(|opening| ("what was there at a start", &opening.seen));
-        for (what, before) in older.map(|older| ("the older view", &older.seen)).into_iter().chain(openings) {
-            for (sector, value) in &later.seen {
-                if before.get(sector).is_some_and(|before| before != value) && !covers(answer, *sector) {
-                    return Err(format!("sector {sector} differs from {what} and is missing"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The full answer that is known already.
-    pub fn known_answer(&self, group: usize, disk: usize, since: Epoch) -> Option<&[ByteRange]> {
-        self.groups[group].members[&disk].answers.get(&since.get()).map(Vec::as_slice)
-    }
-}
-
-fn covers(ranges: &[ByteRange], sector: u64) -> bool {
-    let at = sector * SECTOR as u64;
-    let next = ranges.partition_point(|range| range.end() <= at);
-    ranges.get(next).is_some_and(|range| range.start() <= at)
 }

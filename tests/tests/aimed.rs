@@ -20,7 +20,7 @@ use cow_engine::group::{self, Admin};
 use cow_engine::handover::{self, Arrival, Left, Place};
 use cow_engine::memory::Source;
 use cow_engine::sim::{Damage, FileKind, OpKind, Rule, SimStorage};
-use cow_engine::{Disk, Durability, Error, ResetReason, Storage, Terms, View};
+use cow_engine::{Durability, Error, ResetReason, Storage, Terms, View};
 use rig::{BLOCK, BLOCKS, PATIENCE, Rig, SEEDS, SimDisk, differing, is_whole};
 
 /// The superblock cannot be written while tracking is switched on, and it is not known what its medium has. Whatever
@@ -375,9 +375,7 @@ fn a_break_that_no_head_tells_is_remembered_beside_another() {
             rig.kill(disk);
             rig.fail_no_more();
             rig.tracked = 16384;
-            // The first start may be told of the flush that failed.
-            let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
-            let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
+            rig.start_in_vain();
             let (disk, report) = rig.open();
             assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");
             continue;
@@ -461,10 +459,7 @@ fn a_superblock_that_comes_back_finds_its_map() {
         rig.cool(&disk);
         rig.kill(disk);
         rig.sim.damage(rig.dir, "superblock", Damage::Remove);
-        let io = rig.io.fated(None, 0..0, seed % 80);
-        let options = rig.options(rig.image, rig.dir, "/d.img");
-        let cut_off =
-            rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX).is_none();
+        let cut_off = rig.start_until(seed % 80);
         rig.sim.power_cut();
         let (disk, _) = rig.open();
         let id = rig.snapshot(&disk, "b");
@@ -564,9 +559,7 @@ fn a_creation_that_is_undone_breaks_no_older_snapshot() {
         cut_off += usize::from(rig.sim.run(made, u64::MAX).is_none());
         drop(disk);
         rig.sim.kill();
-        // The first start may be told of the flush that failed.
-        let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
-        let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
+        rig.start_in_vain();
         let (disk, report) = rig.open();
         assert!(is_whole(&disk, "a"), "seed {seed}: {report:?}");
     }
@@ -595,9 +588,7 @@ fn a_break_is_not_overtaken_by_an_older_head() {
         });
         assert!(disk.snapshot("a").expect("it is listed").broken().is_some(), "seed {seed}");
         rig.kill(disk);
-        // The first start may be told of the flush that failed.
-        let (io, options) = (rig.io.clone(), rig.options(rig.image, rig.dir, "/d.img"));
-        let _ = rig.run(async move { Disk::open(&io, options).await.map(drop) });
+        rig.start_in_vain();
         let (disk, report) = rig.open();
         assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");
     }
@@ -658,11 +649,7 @@ fn what_a_damaged_snapshot_had_stays_lost_after_a_start_that_was_cut_off() {
         let mut names = rig.sim.names(rig.dir).expect("it is there");
         names.retain(|name| name.ends_with(".index"));
         rig.sim.damage(rig.dir, names.last().expect("a snapshot has one"), Damage::Flip(seed % 64));
-        let io = rig.io.fated(None, 0..0, rig.sim.random().below(60));
-        let options = rig.options(rig.image, rig.dir, "/d.img");
-        cut_off += usize::from(
-            rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX).is_none(),
-        );
+        cut_off += usize::from(rig.start_until(rig.sim.random().below(60)));
         rig.sim.kill();
         let (disk, report) = rig.open();
         assert!(!is_whole(&disk, "a"), "seed {seed}: {report:?}");

@@ -3,7 +3,7 @@
 use cow_engine::group::Admin;
 use cow_engine::memory::Source;
 use cow_engine::sim::OpKind;
-use cow_engine::{Disk, Durability, ResetReason};
+use cow_engine::{Durability, ResetReason};
 
 use crate::rig::{BLOCK, BLOCKS, PATIENCE, Rig, SEEDS};
 
@@ -54,9 +54,7 @@ fn a_kill_and_a_power_cut_tear_no_more_than_one_copy_of_the_superblock() {
         let reset = async move { disk.reset_tracking(&mut Admin::new(), &io, PATIENCE).await.map(drop) };
         cut_off += usize::from(rig.sim.run(reset, u64::MAX).is_none());
         rig.sim.kill();
-        let (io, options) =
-            (rig.io.fated(None, 0..0, random.below(40)), rig.options(rig.image, rig.dir, "/d.img"));
-        let _ = rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX);
+        rig.start_until(random.below(40));
         rig.sim.power_cut();
         let (_, report) = rig.open();
         // Without a whole copy nobody knows how the disk was left.

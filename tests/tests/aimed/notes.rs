@@ -42,11 +42,7 @@ fn notes_that_are_lost_take_the_snapshots_along() {
         assert!(disk.snapshot("a").expect("it is listed").broken().is_some(), "seed {seed}");
         rig.lose_notes(disk);
         for _ in 0..rig.sim.random().below(3) {
-            let io = rig.io.fated(None, 0..0, rig.sim.random().below(40));
-            let options = rig.options(rig.image, rig.dir, "/d.img");
-            cut_off += usize::from(
-                rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX).is_none(),
-            );
+            cut_off += usize::from(rig.start_until(rig.sim.random().below(40)));
             rig.sim.kill();
         }
         let (disk, report) = rig.open();
@@ -135,10 +131,7 @@ fn a_map_that_is_replaced_forgets_no_failed_flush() {
         drop(disk);
         rig.sim.kill();
         rig.tracked = 16 * BLOCK;
-        let io = rig.io.fated(None, 0..0, seed % 50);
-        let options = rig.options(rig.image, rig.dir, "/d.img");
-        let opened = rig.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX);
-        cut_off += usize::from(opened.is_none());
+        cut_off += usize::from(rig.start_until(seed % 50));
         rig.sim.kill();
         let (disk, report) = rig.open();
         let (io, identity) = (rig.io.clone(), rig.io.identity(rig.image));

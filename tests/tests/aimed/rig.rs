@@ -71,6 +71,19 @@ impl Rig {
         self.open_with(image, dir, "/d.img")
     }
 
+    /// A start that is cut off in its operation number `last` or soon after it, if it has as many; whether it was.
+    pub(crate) fn start_until(&mut self, last: u64) -> bool {
+        let io = self.io.fated(None, 0..0, last);
+        let options = self.options(self.image, self.dir, "/d.img");
+        self.sim.run(async move { Disk::open(&io, options).await.map(drop) }, u64::MAX).is_none()
+    }
+
+    /// A start that may fail: the first one may be told of a flush that failed before.
+    pub(crate) fn start_in_vain(&mut self) {
+        let (io, options) = (self.io.clone(), self.options(self.image, self.dir, "/d.img"));
+        let _ = self.run(async move { Disk::open(&io, options).await.map(drop) });
+    }
+
     pub(crate) fn close(&mut self, disk: &SimDisk, image: SimFile) {
         let (io, disk) = (self.io.clone(), disk.clone());
         let identity = io.identity(image);

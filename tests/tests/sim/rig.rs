@@ -1,20 +1,26 @@
 //! The life of a simulated host: opening, work, crashes, closing, and what must be so after each.
+//!
+//! What a seed draws is in `draw`, what happens to files while nobody serves them in `damage`, and what a look from
+//! outside must agree with in `look`.
+
+#[path = "rig/damage.rs"]
+mod damage;
+#[path = "rig/draw.rs"]
+mod draw;
+#[path = "rig/look.rs"]
+mod look;
 
 use std::cell::{Cell, RefCell};
-use std::io::ErrorKind;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use cow_engine::cbt::BlockGrid;
-use cow_engine::inspect::{Around, Fact, Finding, Grade, Inspection, Value};
-use cow_engine::sim::{Damage, Defect, FileKind, OpKind, Random, Rule, Sim, SimDir};
+use cow_engine::sim::{Defect, OpKind, Random, Rule, Sim, SimDir};
 use cow_engine::{
-    AreaSpec, Disk, DiskOptions, Error, Event, EventSink, Meanwhile, OnOverflow, OpenReport, ResetReason,
-    StorePlan, Terms, group,
+    AreaSpec, Disk, DiskOptions, Error, Event, EventSink, OpenReport, ResetReason, StorePlan, group,
 };
-use ebbtide_tests::oracle::{After, Fate, GRAIN, Oracle, SECTOR, stamp};
-use ebbtide_tests::overlay_oracle::OverlayOracle;
+use ebbtide_tests::oracle::{After, Fate, GRAIN};
 
 use crate::work::{self, Mix, Shared, SimDisk};
 use crate::{checkpoints, overlays, readers, rewinds};
@@ -157,132 +163,6 @@ pub(crate) fn run(seed: u64, profile: Profile, place: &dyn Fn(&str)) {
 }
 
 impl<'a> Rig<'a> {
-    fn new(seed: u64, profile: Profile, place: &'a dyn Fn(&str)) -> Self {
-        let mut random = Random::new(seed ^ 0x5eed);
-        let sim = Sim::new(seed);
-        sim.set_defect(profile.defect);
-        let unmap_works = !random.one_in(4);
-        sim.set_zeroing(unmap_works, !random.one_in(3));
-        let mut oracle = Oracle::default();
-        let (mut specs, mut images, mut spots) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..random.within(1..3) {
-            let small = profile.restless && !random.one_in(3) || random.one_in(3);
-            let sectors = match small {
-                true => random.within(16..1200),
-                false => random.within(8200..12000),
-            };
-            let sectors = if random.one_in(3) { sectors } else { sectors / 8 * 8 };
-            let capacity = sectors * SECTOR as u64;
-            let first = *random.pick(&[4096, 4096, 4096, 8192, 65536]);
-            let mut blocks = vec![first];
-            if (profile.restless || profile.verbs) && !random.one_in(4) || random.one_in(5) {
-                blocks.push(*random.pick(&[0, 4096, 16384, 65536]));
-            }
-            oracle.add_disk(capacity);
-            images.push(sim.add_image(capacity));
-            // The end, a border of a page of the map, and anywhere.
-            let border = (first * 1024 / SECTOR as u64).min(sectors - 1);
-            let mut near = vec![0, sectors - 1, border, border];
-            near.extend((0..random.within(1..4)).map(|_| random.below(sectors)));
-            spots.push(near);
-            specs.push(Spec {
-                dir: sim.add_dir(),
-                block: first,
-                blocks,
-                clean: Clean::No,
-                power: false,
-                edited: false,
-                unseen: false,
-                loose: false,
-                quiet: false,
-                rewinding: false,
-                lossy: false,
-                map_lost: false,
-                damaged: false,
-                attempts: 0,
-                other_block: false,
-                places: sim.add_dir(),
-                areas: random.index(3),
-            });
-        }
-        let mut weight = |of: &[u64]| *random.pick(of);
-        let mix = Mix {
-            read: weight(&[0, 2, 6]),
-            write: weight(&[6, 10]),
-            discard: weight(&[0, 1, 3]),
-            zeroes: weight(&[0, 1, 3]),
-            flush: weight(&[0, 1, 3]),
-            fua: weight(&[0, 3, 10]),
-            long: weight(&[0, 30, 100]),
-            mark: weight(&[0, 5, 20]),
-        };
-        let rules = if profile.faults { rules(&mut random, profile) } else { Vec::new() };
-        let (rules, terms) = if profile.short { short_of_space(&mut random) } else { (rules, Vec::new()) };
-        let faults = profile.faults || !rules.is_empty();
-        let profile = Profile { faults, ..profile };
-        let shared = Rc::new(Shared {
-            io: sim.storage(),
-            oracle: RefCell::new(oracle),
-            overlays: RefCell::new(OverlayOracle::default()),
-            closing: Cell::new(false),
-            failed_syncs: images.iter().map(|_| Cell::new(0)).collect(),
-            images,
-            spots,
-            spread: *random.pick(&[8, 40, 40]),
-            strict: !profile.faults && !profile.damage,
-            rewinds: profile.rewinds,
-            damaged: profile.damage,
-            checkpoints: if profile.checkpoints { 2 } else { *random.pick(&[0, 4, 12]) },
-            reverts: Cell::new(0),
-            let_go: RefCell::default(),
-            exact: profile.short && terms.iter().all(|one: &Terms| one.on_overflow == OnOverflow::FailWrites),
-            terms,
-            next_area: Cell::new(0),
-            places: specs.iter().map(|spec| spec.places).collect(),
-            unmap_works,
-            // What of a resize that was cut off is lost with a superblock the oracle does not follow.
-            resets: match () {
-                () if profile.damage => 0,
-                () if profile.verbs => *random.pick(&[0, 2]),
-                () => *random.pick(&[0, 3, 10]),
-            },
-            resizes: match () {
-                () if profile.damage => 0,
-                () if profile.verbs => *random.pick(&[0, 2, 2]),
-                () => *random.pick(&[0, 4, 12]),
-            },
-            cuts: if profile.verbs || profile.deletes { 3 } else { *random.pick(&[0, 8, 30]) },
-            deletes: profile.deletes,
-            slips: if profile.faults { 5 } else { 0 },
-            doomed: RefCell::default(),
-            next_name: Cell::new(0),
-            broke: Arc::default(),
-            hunted: Cell::new(None),
-            releases: if profile.releases { 8 } else { *random.pick(&[0, 0, 0, 3]) },
-        });
-        let merge_step = *random.pick(&[1, 3, 10, 100]);
-        // Small ones stay cold where nothing is changed, so that what is missing shows.
-        let region_bytes = *random.pick(&[4096, 16 << 10, 64 << 10, 1 << 20]);
-        let region_bytes = if profile.verbs { 4096 } else { region_bytes };
-        let spared = if profile.damage { *random.pick(&["superblock", "rewind"]) } else { "" };
-        let round = 0;
-        Self {
-            sim,
-            shared,
-            specs,
-            random,
-            profile,
-            rules,
-            mix,
-            merge_step,
-            region_bytes,
-            spared,
-            after_loose: false,
-            place,
-            round,
-        }
-    }
-
     fn at(&self, phase: &str, crash_at: u64) {
         let now = self.sim.steps();
         let crash_at = now.checked_add(crash_at).map_or("never".to_owned(), |step| step.to_string());
@@ -360,87 +240,6 @@ impl<'a> Rig<'a> {
         }
     }
 
-    /// Changes an image after a crash, perhaps; so that it can be told.
-    fn change_after_crash(&mut self) {
-        let at = self.random.index(self.specs.len());
-        if !self.random.one_in(4) || self.shared.reverts.get() > 0 {
-            return;
-        }
-        let at_once = self.specs[at].quiet && !self.specs[at].power && self.random.one_in(2);
-        let time = if at_once { 0 } else { GRACE_STEPS };
-        self.sim.pass_time(time + self.random.below(1 << 12));
-        self.edit(at, false);
-        self.specs[at].unseen = true;
-    }
-
-    /// Damages a state file or two, perhaps. Of a `closed` disk the map is covered by a checksum.
-    fn damage(&mut self, closed: bool) {
-        while self.profile.damage && self.random.one_in(2) {
-            let at = self.random.index(self.specs.len());
-            let dir = self.specs[at].dir;
-            let names = self.sim.names(dir).expect("a directory");
-            if names.is_empty() {
-                return;
-            }
-            if self.spared == "rewind" && !closed && self.random.one_in(8) {
-                // It is gone until a power cut, perhaps.
-                self.sim.damage(dir, "superblock", Damage::Remove);
-                self.specs[at].damaged = true;
-                continue;
-            }
-            let name = self.random.pick(&names).clone();
-            if name.starts_with(self.spared) {
-                continue;
-            }
-            let len = self.sim.len_of(dir, &name);
-            let random = &mut self.random;
-            let place = random.below(len.max(1));
-            let is_summed = closed && name == "map" && self.specs[at].clean == Clean::Yes;
-            let damage = match random.below(8) {
-                // Without it nothing tells of damage of the map.
-                0 if closed && name == "sample" => continue,
-                0 => Damage::Remove,
-                // A few records are what is missed the least; after a kill others that nobody counted may stand in.
-                1 if closed && name.ends_with(".index") => {
-                    Damage::Cut(len.saturating_sub(16 * random.within(1..5)))
-                }
-                1 | 2 => Damage::Cut(place),
-                // Of what is in a slot, in the map or in an overlay there is no checksum.
-                _ if !is_checked(&name) && !is_summed => continue,
-                3 | 4 => Damage::Flip(place),
-                5 => Damage::Zero(place / 4096 * 4096, 4096),
-                6 => Damage::Zero(place / 16 * 16, 16),
-                _ => Damage::Copy { from: place / 16 * 16, to: random.below(len.max(1)) / 16 * 16, len: 16 },
-            };
-            // One record of zeros is none, and a kill may have left another that nobody counted.
-            let is_zeros = match damage {
-                Damage::Zero(_, 16) => true,
-                Damage::Copy { from, len, .. } => self.sim.is_zero(dir, &name, from, len),
-                _ => false,
-            };
-            if is_zeros && !closed && name.ends_with(".index") {
-                continue;
-            }
-            self.sim.damage(dir, &name, damage);
-            self.specs[at].damaged = true;
-        }
-    }
-
-    /// Damages a record of a snapshot that is held: it is in memory, and needed again once the snapshot is merged.
-    fn damage_records(&mut self) {
-        let at = self.random.index(self.specs.len());
-        let dir = self.specs[at].dir;
-        let mut names = self.sim.names(dir).expect("a directory");
-        names.retain(|name| name.ends_with(".index") && self.sim.len_of(dir, name) > 4096);
-        if names.is_empty() {
-            return;
-        }
-        let name = self.random.pick(&names);
-        let place = self.random.within(4096..self.sim.len_of(dir, name));
-        self.sim.damage(dir, name, Damage::Flip(place));
-        self.specs[at].damaged = true;
-    }
-
     /// Opens all disks, however often it is cut off; `None` if one is rightly refused.
     fn open(&mut self) -> Option<Vec<SimDisk>> {
         self.shared.closing.set(false);
@@ -495,60 +294,6 @@ impl<'a> Rig<'a> {
                 spec.attempts += 1;
                 spec.other_block |= block != spec.block;
             }
-        }
-    }
-
-    /// What a look from outside finds wrong, by disk.
-    fn look(&self) -> Vec<Vec<Finding>> {
-        let of = |(at, spec): (usize, &Spec)| {
-            let mut inspection = Inspection::read(&self.sim.files(spec.dir)).expect("no faults now");
-            let held = self.shared.images[at];
-            if !spec.damaged {
-                let len = self.shared.io.identity(held).len;
-                let sizes = known_sizes(&inspection);
-                assert!(sizes.is_empty() || sizes.contains(&len), "disk {at} has {len} bytes, not {sizes:?}");
-            }
-            inspection.compare_image(|from, out| {
-                self.sim.look(held, from, out);
-                Ok(())
-            });
-            let Meanwhile { boot_began_ns, medium, .. } = self.shared.io.meanwhile();
-            let image = Some(self.shared.io.identity(held));
-            let boot = Some(self.sim.boot());
-            inspection.findings(&Around { image, boot, boot_began_ns, medium: Some(medium) })
-        };
-        self.specs.iter().enumerate().map(of).collect()
-    }
-
-    /// Opening gives up what the look before it said, and nothing else.
-    fn agrees(&self, looked: &[Vec<Finding>], opened: &[(SimDisk, OpenReport)], blocks: &[u64]) {
-        for (at, (disk, report)) in opened.iter().enumerate() {
-            let (spec, found) = (&self.specs[at], &looked[at]);
-            let wrong: Vec<&Finding> = found.iter().filter(|one| one.grade == Grade::Wrong).collect();
-            let anew = wrong.iter().any(|one| one.opening.starts_with("a new generation"));
-            assert!(wrong.iter().all(|one| one.code != "rewind-lost"), "disk {at} was opened: {found:?}");
-            let first = |one: &Finding| one.code == "first-start" || one.opening == "it becomes one";
-            let begun = !found.iter().any(first);
-            let given_up = matches!(
-                report.reset,
-                Some(ResetReason::Damaged | ResetReason::HostStopped | ResetReason::ImageChanged)
-            );
-            let what = || format!("disk {at}: {found:?}, {report:?}");
-            if blocks[at] == spec.block && !spec.other_block && begun {
-                assert!(anew || !given_up, "{}", what());
-                assert!(!anew || report.reset.is_some(), "{}", what());
-            }
-            assert!(report.dropped.is_empty() || !wrong.is_empty(), "disk {at}: {found:?}, {report:?}");
-            for snapshot in disk.snapshots().iter().filter(|snapshot| snapshot.broken().is_some()) {
-                let name = format!("'{}'", snapshot.name());
-                assert!(
-                    wrong.iter().any(|one| one.lost.contains(&name)),
-                    "disk {at}: {name} broke: {found:?}"
-                );
-            }
-            let disturbed = self.profile.faults || self.profile.damage || self.profile.short;
-            let quiet = !spec.power && !spec.edited && !disturbed;
-            assert!(wrong.is_empty() || !quiet || !begun, "disk {at}: {wrong:?}");
         }
     }
 
@@ -930,21 +675,6 @@ impl<'a> Rig<'a> {
         }
     }
 
-    /// Changes an image behind the engine's back. If its time of change is set back, where a sample was taken.
-    fn edit(&mut self, at: usize, unseen: bool) {
-        let mut oracle = self.shared.oracle.borrow_mut();
-        let sectors = oracle.least_size(at) / SECTOR as u64;
-        let first = if unseen { 0 } else { self.random.below(sectors) };
-        let end = (first + self.random.within(1..20)).min(sectors);
-        let loose = !unseen && !self.specs[at].power && self.random.one_in(2);
-        let number = oracle.changed_offline(at, first..end, !loose);
-        let mut bytes = vec![0; SECTOR * usize::try_from(end - first).unwrap_or(1)];
-        stamp(at, first, number as u64, &mut bytes);
-        self.sim.change_offline(self.shared.images[at], first * SECTOR as u64, &bytes, unseen, !loose);
-        self.specs[at].edited = true;
-        self.specs[at].loose |= loose;
-    }
-
     /// Deletes all snapshots in any order; nothing of them may be left.
     fn end(mut self) {
         let Some(mut disks) = self.open() else { return };
@@ -1013,28 +743,6 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// The lengths of its image that the newest superblock knows; none if there is no superblock.
-fn known_sizes(inspection: &Inspection) -> Vec<u64> {
-    let number = |fact: &Fact, name: &str| {
-        let mut named = fact.fields.iter().filter(|(field, _)| *field == name);
-        named.find_map(|(_, value)| if let Value::Number(number) = value { Some(*number) } else { None })
-    };
-    let facts = inspection.facts();
-    let newest = facts
-        .iter()
-        .filter(|fact| fact.structure == "superblock")
-        .max_by_key(|fact| number(fact, "sequence"));
-    let sizes = |fact| ["capacity", "growing_to"].into_iter().filter_map(move |name| number(fact, name));
-    newest.into_iter().flat_map(sizes).collect()
-}
-
-/// Whether a state file is covered by checksums. What is in a slot, in the map or in an overlay is not, nor what
-/// of a rewind is back.
-fn is_checked(name: &str) -> bool {
-    ["superblock", "rewind", "sample"].contains(&name)
-        || [".index", ".overlay", ".checkpoint"].iter().any(|kind| name.ends_with(kind))
-}
-
 async fn open_all(
     io: cow_engine::sim::SimStorage,
     options: Vec<DiskOptions<cow_engine::sim::SimStorage>>,
@@ -1046,86 +754,4 @@ async fn open_all(
     let disks: Vec<SimDisk> = opened.iter().map(|(disk, _)| disk.clone()).collect();
     group::settle(&mut group::Admin::new(), &io, &disks).await?;
     Ok(opened)
-}
-
-/// Index and store have no space now and then, or never but by limits; and on which terms snapshots are held.
-fn short_of_space(random: &mut Random) -> (Vec<Rule>, Vec<Terms>) {
-    let rule =
-        |one_in| Rule { op: OpKind::Write, file: FileKind::State, one_in, error: ErrorKind::StorageFull };
-    let rules = if random.one_in(2) { vec![rule(*random.pick(&[6, 12, 40]))] } else { Vec::new() };
-    use OnOverflow::{BreakSnapshot, FailWrites, HoldWrites};
-    let choices: [&[OnOverflow]; 5] = [
-        &[FailWrites][..],
-        &[FailWrites],
-        &[HoldWrites],
-        &[BreakSnapshot],
-        &[BreakSnapshot, HoldWrites, FailWrites],
-    ];
-    let policies = *random.pick(&choices);
-    let terms = policies.iter().map(|&on_overflow| Terms { on_overflow, ..Terms::default() });
-    (rules, terms.collect())
-}
-
-/// Some kinds of fault, each now and then.
-fn rules(random: &mut Random, profile: Profile) -> Vec<Rule> {
-    use {FileKind::Image, FileKind::State};
-    // What is closed in order but for an overlay.
-    let of_overlays =
-        [(OpKind::Sync, State, ErrorKind::Other, 6), (OpKind::SyncCells, State, ErrorKind::Other, 3)];
-    let of_verbs = [
-        (OpKind::SetLen, Image, ErrorKind::Other, 2),
-        (OpKind::Allocate, State, ErrorKind::StorageFull, 2),
-        (OpKind::Sync, State, ErrorKind::Other, 4),
-        (OpKind::Write, State, ErrorKind::Other, 8),
-    ];
-    let of_deletes = [
-        (OpKind::Remove, State, ErrorKind::Other, 2),
-        (OpKind::Create, State, ErrorKind::StorageFull, 3),
-        (OpKind::Write, State, ErrorKind::Other, 30),
-        (OpKind::Read, Image, ErrorKind::Other, 100),
-    ];
-    let own: &[_] = match () {
-        () if profile.overlays => &of_overlays,
-        () if profile.verbs => &of_verbs,
-        () if profile.deletes => &of_deletes,
-        () => &[],
-    };
-    // What breaks snapshots is where most can go wrong.
-    let kinds = [
-        (OpKind::Write, State, ErrorKind::StorageFull, 12),
-        (OpKind::Write, State, ErrorKind::StorageFull, 40),
-        (OpKind::Write, State, ErrorKind::StorageFull, 100),
-        (OpKind::Write, State, ErrorKind::Other, 200),
-        (OpKind::Read, Image, ErrorKind::Other, 50),
-        (OpKind::Read, State, ErrorKind::Other, 100),
-        (OpKind::Read, Image, ErrorKind::Other, 200),
-        (OpKind::Write, Image, ErrorKind::Other, 50),
-        (OpKind::Zero, Image, ErrorKind::Other, 20),
-        (OpKind::Sync, Image, ErrorKind::Other, 5),
-        (OpKind::Sync, Image, ErrorKind::Other, 20),
-        (OpKind::Sync, State, ErrorKind::Other, 20),
-        (OpKind::Create, State, ErrorKind::StorageFull, 6),
-        (OpKind::Remove, State, ErrorKind::Other, 4),
-        (OpKind::Open, State, ErrorKind::Other, 30),
-        (OpKind::SyncCells, State, ErrorKind::Other, 6),
-        (OpKind::SyncDir, State, ErrorKind::Other, 6),
-        (OpKind::Allocate, State, ErrorKind::StorageFull, 3),
-        (OpKind::SetLen, Image, ErrorKind::Other, 2),
-        (OpKind::SetLen, State, ErrorKind::Other, 2),
-    ];
-    let lost = Rule {
-        op: OpKind::WriteBack,
-        file: State,
-        one_in: *random.pick(&[20, 100, 400]),
-        error: ErrorKind::Other,
-    };
-    let lost = random.one_in(3).then_some(lost);
-    (0..random.within(1..5))
-        .map(|_| {
-            let more = !own.is_empty() && random.one_in(2);
-            let &(op, file, error, one_in) = random.pick(if more { own } else { &kinds });
-            Rule { op, file, one_in, error }
-        })
-        .chain(lost)
-        .collect()
 }
