@@ -731,6 +731,13 @@ impl Oracle {
         std::mem::replace(&mut model.resetting, true)
     }
 
+    /// Whether the map has marks of a generation that ended while the disk was served. What of them could not be written
+    /// back is no concern of the new one's, and yet a map that lacks them is not as it was when the disk was closed.
+    pub fn keeps_older_marks(&self, disk: usize) -> bool {
+        let model = &self.disks[disk];
+        model.generation.is_some_and(|(_, began)| began > model.cleared)
+    }
+
     /// It began, with this instant. `durable`: so is what was changed before it was asked for.
     pub fn reset(&mut self, disk: usize, id: ChangeId, durable: bool) -> Verdict {
         let now = self.now();

@@ -102,7 +102,8 @@ struct Spec {
     rewinding: bool,
     /// The kernel could not write back what a rewind had brought back, and the process ended after that.
     lossy: bool,
-    /// The kernel could not write back something of the map, nobody was told, and the process ended after that.
+    /// The kernel could not write back something of the map, nobody was told or nobody cared, and the process ended after
+    /// that.
     map_lost: bool,
     /// A state file was damaged since the last opening that was not cut off.
     damaged: bool,
@@ -219,9 +220,10 @@ impl<'a> Rig<'a> {
 
     /// Notes what the kernel could not write back, and the next process may miss.
     fn note_lost(&mut self) {
-        for spec in &mut self.specs {
+        for (at, spec) in self.specs.iter_mut().enumerate() {
             spec.lossy |= self.sim.has_lost(spec.dir, "rewind-done").is_some();
-            spec.map_lost |= self.sim.has_lost(spec.dir, "map") == Some(true);
+            let kept = self.shared.oracle.borrow().keeps_older_marks(at);
+            spec.map_lost |= self.sim.has_lost(spec.dir, "map").is_some_and(|untold| untold || kept);
         }
         let dirs: Vec<SimDir> = self.specs.iter().map(|spec| spec.dir).collect();
         overlays::note_lost(&self.shared, |at| {

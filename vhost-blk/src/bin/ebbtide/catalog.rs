@@ -58,6 +58,8 @@ impl Catalog {
         socket: Option<PathBuf>,
         tcp: Option<std::net::SocketAddr>,
     ) -> Self {
+        // A client may be in another directory than this process.
+        let socket = socket.map(|path| std::path::absolute(&path).unwrap_or(path));
         Self { disks, added: Mutex::default(), clients: Mutex::default(), socket, tcp }
     }
 
