@@ -12,7 +12,8 @@
 //!   either reaches without a snapshot.
 //!
 //! A first touch reads the image, writes it, and has as much written to the store. So what `fio` does of all three at once
-//! on the disk is measured as well: more than that a disk does not do for longer than the host's page cache takes in.
+//! on the disk is measured as well: more than that a disk does not do for long. A round is shorter: what it appends is in
+//! the host's page cache when it ends.
 
 use std::collections::BTreeMap;
 
