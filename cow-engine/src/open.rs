@@ -300,7 +300,7 @@ impl<S: Storage> Disk<S> {
         control.note_rewind_void(notes.rewind_void == Some(true));
         if verdict.reset.is_some() {
             if let Some(tracker) = tracker.as_ref().filter(|_| !is_new_map) {
-                clear_map(io, &map_file, tracker, control.map_in_doubt(&options.boot))?;
+                clear_map(io, &map_file, tracker, &control, control.map_in_doubt(&options.boot))?;
             }
             next.sequence += 1;
             next.state = DiskState::Serving;
@@ -575,11 +575,17 @@ fn clear_map<S: Storage>(
     io: &S,
     map: &S::File,
     tracker: &Tracker<S::Cells>,
+    control: &Control<S::Cells>,
     in_doubt: bool,
 ) -> Result<(), Error> {
     // What was stored and not written yet may pass for a hole. Then nothing does, if that fails, or once did:
     // what a flush could not write none does later.
-    let all = io.sync_cells(tracker.cells()).is_err() || in_doubt;
+    let failed = io.sync_cells(tracker.cells()).is_err();
+    if failed {
+        // Nobody is told again of a control page that was not written: were it clean, its notes would go with the process.
+        control.write_again();
+    }
+    let all = failed || in_doubt;
     for pages in walk::strides(tracker.page_count()) {
         let touched = if all {
             vec![pages]

@@ -116,7 +116,12 @@ impl<C: Cells> Control<C> {
     /// Notes that a flush of the map has failed, at once and without fail.
     pub(crate) fn note_map_in_doubt(&self, boot: &[u8; 16]) {
         self.word(MAP_DOUBT).store(tag_of(boot), SeqCst);
-        // Another value each time: this page is to be written again, which may have been what could not be.
+        self.write_again();
+    }
+
+    /// Has this page written again by the next flush: it may have been what the last one could not write.
+    pub(crate) fn write_again(&self) {
+        // Another value each time.
         self.word(MAP_FAILURES).fetch_add(1, SeqCst);
     }
 

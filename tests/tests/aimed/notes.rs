@@ -183,3 +183,28 @@ fn a_map_that_finds_no_room_hides_no_change() {
     }
     assert!(refused > 50 && ended > 50, "{refused} refused, {ended} ended");
 }
+
+/// The kernel cannot write the page of notes again and again, while a start clears the map; and that start is cut off.
+#[test]
+fn a_map_that_is_cleared_forgets_no_failed_flush() {
+    let mut cut_off = 0;
+    for seed in 0..10 * SEEDS {
+        let mut rig = Rig::new(seed);
+        let (disk, _) = rig.open();
+        rig.write(&disk, 1, 1);
+        rig.fail(OpKind::Sync, FileKind::Image);
+        let (io, flushed) = (rig.io.clone(), disk.clone());
+        rig.run(async move { flushed.flush(&io).await }).expect_err("it failed");
+        rig.lose_notes(disk);
+        let rule = Rule { op: OpKind::WriteBack, file: FileKind::State, one_in: 3, error: ErrorKind::Other };
+        rig.sim.set_faults(vec![rule]);
+        cut_off += usize::from(rig.start_until(seed % 80));
+        rig.fail_no_more();
+        rig.sim.kill();
+        let (disk, report) = rig.open();
+        let (io, identity) = (rig.io.clone(), rig.io.identity(rig.image));
+        let closed = rig.run(async move { disk.close(&io, || Ok(identity)).await });
+        assert!(matches!(closed, Err(Error::Poisoned)), "seed {seed}: {closed:?}, {report:?}");
+    }
+    assert!(cut_off > 200, "{cut_off} cut off");
+}
